@@ -1,0 +1,168 @@
+"""Checkpoint files: their names, their atomic writing, and the flags beside them.
+
+A training run leaves `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt` and `optNNNNNN.pt`, where NNNNNN is
+the number of optimizer updates taken, and a file `X.json` with the flags of the network and the
+process beside every `X.pt` that holds weights.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import dist_util
+
+
+def model_name(step: int) -> str:
+    """Return the file name of the weights after `step` updates."""
+    return f"model{step:06d}.pt"
+
+
+def ema_name(rate: float | str, step: int) -> str:
+    """Return the file name of the weight average with `rate` after `step` updates."""
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def opt_name(step: int) -> str:
+    """Return the file name of the optimizer's state after `step` updates."""
+    return f"opt{step:06d}.pt"
+
+
+def step_of(filename: str) -> int:
+    """Return NNNNNN of `path/to/modelNNNNNN.pt`, and 0 for any other name."""
+    match = re.fullmatch(r".*model(\d+)\.pt", os.path.basename(filename))
+    return int(match.group(1)) if match else 0
+
+
+def flags_path(path: str) -> str:
+    """Return the path of the flags file of checkpoint `path`."""
+    return f"{os.path.splitext(path)[0]}.json"
+
+
+def is_remote(path: str) -> bool:
+    """Tell whether blobfile must open `path`."""
+    return "://" in path
+
+
+def join(folder: str, name: str) -> str:
+    """Join a local or remote folder and a name."""
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+
+
+def exists(path: str) -> bool:
+    """Tell whether there is a file `path`, local or remote."""
+    if not is_remote(path):
+        return os.path.isfile(path)
+    import blobfile
+
+    return blobfile.exists(path)
+
+
+def write_file(path: str, write: Callable[[Any], None]) -> None:
+    """Write a file so that `path` never holds half of it.
+
+    Args:
+        path: local or remote.
+        write: fills an open binary file.
+
+    Raises:
+        OSError: if it cannot be written; no temporary file is left then.
+    """
+    if is_remote(path):
+        import blobfile
+
+        with blobfile.BlobFile(path, "wb") as file:
+            write(file)
+        return
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def save(path: str, state: Any) -> None:
+    """Save tensors at `path`, atomically."""
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def save_flags(path: str, flags: dict[str, Any]) -> None:
+    """Write the flags file of checkpoint `path`."""
+    text = json.dumps(flags, indent=1, sort_keys=True) + "\n"
+    write_file(flags_path(path), lambda file: file.write(text.encode()))
+
+
+def load_flags(path: str) -> dict[str, Any]:
+    """Read the flags beside checkpoint `path`; an empty dict if there is no such file.
+
+    Raises:
+        ValueError: if the file is not a JSON object.
+    """
+    name = flags_path(path)
+    if not exists(name):
+        return {}
+    try:
+        flags = json.loads(read_file(name))
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON ({error}); restore or remove it") from error
+    if not isinstance(flags, dict):
+        raise ValueError(f"{name} must hold a JSON object of flags; restore or remove it")
+    return flags
+
+
+def read_file(path: str) -> bytes:
+    """Return the bytes of a local or remote file."""
+    if is_remote(path):
+        import blobfile
+
+        with blobfile.BlobFile(path, "rb") as file:
+            return file.read()
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def kind_of(flags: dict[str, Any]) -> str:
+    """Return what a flags file describes: an upsampler, a classifier or a diffusion model."""
+    if "large_size" in flags:
+        return "upsampler"
+    return "classifier" if "classifier_width" in flags else "diffusion model"
+
+
+def load_weights(model: nn.Module, path: str, hint: str = "") -> None:
+    """Load checkpoint `path` into `model`. Every rank reads for itself.
+
+    Args:
+        model: the network, its parameters on any device.
+        path: a state dict, as `save` or the published code wrote it.
+        hint: what to do about weights that do not fit.
+
+    Raises:
+        ValueError: if the file cannot be read or its tensors do not fit the network.
+    """
+    weights = dist_util.load_state_dict(path, map_location="cpu")
+    problem = _mismatch(model.state_dict(), weights)
+    if problem:
+        raise ValueError(f"{path} does not fit the network of these flags: {problem}{hint}")
+    model.load_state_dict(weights)
+
+
+def _mismatch(expected: dict[str, Any], found: Any) -> str | None:
+    """Describe the first difference between two state dicts, or return None."""
+    if not isinstance(found, dict) or not all(torch.is_tensor(v) for v in found.values()):
+        return "it holds no weights (a modelNNNNNN.pt or ema_RATE_NNNNNN.pt is wanted)"
+    for name, tensor in expected.items():
+        if name not in found:
+            return f"it has no {name}"
+        if found[name].shape != tensor.shape:
+            return f"{name} is {list(found[name].shape)} there, {list(tensor.shape)} here"
+    extra = [name for name in found if name not in expected]
+    return f"it also has {extra[0]}" if extra else None

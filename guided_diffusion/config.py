@@ -1,0 +1,454 @@
+"""Every flag of every script, once: name, type, default, help and check.
+
+A flag is a field of one of the dataclasses below, each of which is a group in `--help`. The
+published dictionaries (`script_util.model_and_diffusion_defaults()` and their kin), the argument
+parsers and the flags files beside checkpoints all derive from these fields. This module imports
+nothing heavy, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+Check = Callable[[Any], "str | None"]  # value -> what is wrong with it, or None
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    check: Check | None = None,
+    fixes: bool = False,
+    required: bool = False,
+) -> Any:
+    """Declare a flag.
+
+    Args:
+        default: its value when nobody sets it; the annotation beside it is its type.
+        help: one phrase for `--help`.
+        check: names what is wrong with a value, or returns None.
+        fixes: True if the value fixes the trained network or process, so that a checkpoint's
+            flags file may not be contradicted.
+        required: True if the empty default is an error.
+    """
+    metadata = {"help": help, "check": check, "fixes": fixes, "required": required}
+    return field(default=default, metadata=metadata)
+
+
+# --------------------------------------------------------------------------------------------
+# Checks
+
+
+def at_least(low: float) -> Check:
+    """Accept numbers from `low` on."""
+    return lambda value: None if value >= low else f"must be at least {low}"
+
+
+def above(low: float) -> Check:
+    """Accept numbers greater than `low`."""
+    return lambda value: None if value > low else f"must be greater than {low}"
+
+
+def fraction(value: float) -> str | None:
+    """Accept 0 <= value < 1."""
+    return None if 0 <= value < 1 else "must lie in [0, 1)"
+
+
+def one_of(*names: str) -> Check:
+    """Accept the given names."""
+    return lambda value: None if value in names else f"must be one of {', '.join(names)}"
+
+
+def count_or_unset(value: int) -> str | None:
+    """Accept a positive count, or -1 for none."""
+    return None if value == -1 or value > 0 else "must be positive, or -1 to leave it unset"
+
+
+def list_of(kind: type, example: str) -> Check:
+    """Accept comma-separated numbers greater than 0 (or an empty string)."""
+
+    def check(value: str) -> str | None:
+        try:
+            good = all(kind(item) > 0 for item in value.split(",")) if value else True
+        except ValueError:
+            good = False
+        return None if good else f"must be positive numbers with commas between, such as {example}"
+
+    return check
+
+
+def ema_rates(value: str) -> str | None:
+    """Accept comma-separated rates in [0, 1]."""
+    try:
+        good = all(0 <= float(item) <= 1 for item in str(value).split(","))
+    except ValueError:
+        good = False
+    return None if good else "must be rates between 0 and 1, such as 0.999,0.9999"
+
+
+def class_list(value: str) -> str | None:
+    """Accept comma-separated class numbers (or an empty string)."""
+    good = all(item.strip().isdigit() for item in value.split(",")) if value else True
+    return None if good else "must be class numbers with commas between, such as 207,360"
+
+
+# --------------------------------------------------------------------------------------------
+# The flags, by group
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where this run writes and computes."""
+
+    log_dir: str = flag("", "folder for all outputs (default: $OPENAI_LOGDIR, or logs/DATE)")
+    device: str = flag("", "cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
+    seed: int = flag(-1, "seed of all random draws (-1: drawn and printed)", check=at_least(-1))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images to read."""
+
+    data_dir: str = flag("", "folder of images, searched recursively", required=True)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are varied."""
+
+    random_flip: bool = flag(True, "mirror every other image, at random")
+    random_crop: bool = flag(False, "crop at a random place and scale instead of the centre")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """How many images go through the network at once."""
+
+    batch_size: int = flag(1, "images in a batch of one process", check=at_least(1))
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How the network is trained."""
+
+    schedule_sampler: str = flag("uniform", "how t is drawn: uniform or loss-second-moment")
+    lr: float = flag(1e-4, "learning rate of AdamW", check=above(0))
+    weight_decay: float = flag(0.0, "weight decay of AdamW", check=at_least(0))
+    microbatch: int = flag(
+        -1, "images in one forward pass, to save memory (-1: the batch)", check=count_or_unset
+    )
+    log_interval: int = flag(10, "steps between two lines of the log", check=at_least(1))
+    save_interval: int = flag(10000, "steps between two checkpoints", check=at_least(1))
+    resume_checkpoint: str = flag("", "modelNNNNNN.pt from which to go on")
+    use_bf16: bool = flag(False, "compute in bfloat16 autocast; weights stay float32")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What only the diffusion trainers know."""
+
+    max_steps: int = flag(0, "stop after this many steps (0: never)", check=at_least(0))
+    lr_anneal_steps: int = flag(
+        0, "let the learning rate fall to 0 over this many steps and stop", check=at_least(0)
+    )
+    ema_rate: str = flag("0.9999", "rates of the weight averages, commas between", check=ema_rates)
+    fp16_scale_growth: float = flag(
+        1e-3, "how much log2 of the fp16 loss scale grows in a step", check=at_least(0)
+    )
+
+
+@dataclass(frozen=True)
+class ClassifierTrainConfig:
+    """What only the classifier's trainer knows."""
+
+    val_data_dir: str = flag("", "folder of validation images (default: no validation)")
+    noised: bool = flag(True, "train on noised images, as guidance needs")
+    iterations: int = flag(150000, "number of steps", check=at_least(1))
+    anneal_lr: bool = flag(False, "let the learning rate fall linearly to 0")
+    eval_interval: int = flag(5, "steps between two validation batches", check=at_least(1))
+
+
+@dataclass(frozen=True)
+class LoadConfig:
+    """The trained model, and how much to do with it."""
+
+    model_path: str = flag("", "checkpoint; the .json beside it gives the flags", required=True)
+    num_samples: int = flag(10000, "number of images", check=at_least(1))
+    clip_denoised: bool = flag(True, "clip the predicted x_start to [-1, 1] in every step")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn."""
+
+    use_ddim: bool = flag(False, "DDIM instead of ancestral sampling")
+    classes: str = flag(
+        "", "classes to draw, in turn, such as 207,360 (default: random)", check=class_list
+    )
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """The classifier that steers sampling."""
+
+    classifier_path: str = flag("", "checkpoint of the noisy classifier", required=True)
+    classifier_scale: float = flag(1.0, "guidance scale; 0 samples without the classifier")
+
+
+@dataclass(frozen=True)
+class BaseSamplesConfig:
+    """The images to upsample."""
+
+    base_samples: str = flag("", "npz of small images, as a sampler writes it", required=True)
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """What the images and their labels are."""
+
+    num_classes: int = flag(1000, "number of classes", check=at_least(1), fixes=True)
+    in_channels: int = flag(
+        3, "3 for colour, 1 for grey images", check=lambda v: one_of("1", "3")(str(v)), fixes=True
+    )
+
+
+@dataclass(frozen=True)
+class SizeConfig:
+    """The image size."""
+
+    image_size: int = flag(64, "height and width in pixels", check=at_least(1), fixes=True)
+
+
+@dataclass(frozen=True)
+class SuperResConfig:
+    """The two image sizes."""
+
+    large_size: int = flag(256, "height and width of the output", check=at_least(1), fixes=True)
+    small_size: int = flag(64, "height and width of the input", check=at_least(1), fixes=True)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The UNet."""
+
+    num_channels: int = flag(128, "channels at multiplier 1", check=at_least(1), fixes=True)
+    num_res_blocks: int = flag(2, "residual blocks per level", check=at_least(1), fixes=True)
+    num_heads: int = flag(4, "attention heads", check=at_least(1), fixes=True)
+    num_heads_upsample: int = flag(
+        -1, "attention heads of the decoder (-1: as num_heads)", check=count_or_unset, fixes=True
+    )
+    num_head_channels: int = flag(
+        -1, "channels per head; set, it decides the number of heads", check=count_or_unset,
+        fixes=True,
+    )  # fmt: skip
+    attention_resolutions: str = flag(
+        "16,8", "feature map sizes with attention", check=list_of(int, "32,16,8"), fixes=True
+    )
+    channel_mult: str = flag(
+        "", "channel multiplier of each level (default: by image size)",
+        check=list_of(float, "1,2,3,4"), fixes=True,
+    )  # fmt: skip
+    dropout: float = flag(0.0, "dropout in the residual blocks", check=fraction)
+    class_cond: bool = flag(False, "condition on the class label", fixes=True)
+    use_checkpoint: bool = flag(False, "recompute activations to save memory")
+    use_scale_shift_norm: bool = flag(True, "scale and shift by the embedding", fixes=True)
+    resblock_updown: bool = flag(False, "change resolution in residual blocks", fixes=True)
+    use_fp16: bool = flag(False, "compute in float16")
+    use_new_attention_order: bool = flag(False, "split qkv before the heads", fixes=True)
+    label_dropout: float = flag(
+        0.0, "share of labels replaced by a null class in training", check=fraction, fixes=True
+    )
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """How images are noised, and what the network is asked to predict."""
+
+    learn_sigma: bool = flag(False, "predict a variance next to each mean", fixes=True)
+    diffusion_steps: int = flag(1000, "length T of the chain", check=at_least(1), fixes=True)
+    noise_schedule: str = flag(
+        "linear", "how the betas grow: linear or cosine", check=one_of("linear", "cosine"),
+        fixes=True,
+    )  # fmt: skip
+    timestep_respacing: str = flag("", "steps to keep: 250, or 10,20,30 by section, or ddim25")
+    use_kl: bool = flag(False, "train on the variational bound")
+    predict_xstart: bool = flag(False, "predict x_start instead of the noise", fixes=True)
+    rescale_timesteps: bool = flag(False, "hand t to the network as if T were 1000", fixes=True)
+    rescale_learned_sigmas: bool = flag(False, "weigh the bound as the published recipe does")
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The noisy classifier."""
+
+    classifier_use_fp16: bool = flag(False, "compute in float16")
+    classifier_width: int = flag(128, "channels at multiplier 1", check=at_least(1), fixes=True)
+    classifier_depth: int = flag(2, "residual blocks per level", check=at_least(1), fixes=True)
+    classifier_attention_resolutions: str = flag(
+        "32,16,8", "feature map sizes with attention", check=list_of(int, "32,16,8"), fixes=True
+    )
+    classifier_use_scale_shift_norm: bool = flag(True, "scale and shift by t", fixes=True)
+    classifier_resblock_updown: bool = flag(
+        True, "change resolution in residual blocks", fixes=True
+    )
+    classifier_pool: str = flag(
+        "attention", "last layer: adaptive, attention, spatial or spatial_v2",
+        check=one_of("adaptive", "attention", "spatial", "spatial_v2"), fixes=True,
+    )  # fmt: skip
+    classifier_channel_mult: str = flag(
+        "", "channel multiplier of each level (default: by image size)",
+        check=list_of(float, "1,2,3,4"), fixes=True,
+    )  # fmt: skip
+    classifier_num_head_channels: int = flag(
+        64, "channels per attention head", check=at_least(1), fixes=True
+    )
+
+
+# What each kind of checkpoint keeps in its flags file.
+DIFFUSION_GROUPS = (SizeConfig, PixelConfig, ModelConfig, DiffusionConfig)
+SUPER_RES_GROUPS = (SuperResConfig, PixelConfig, ModelConfig, DiffusionConfig)
+CLASSIFIER_GROUPS = (SizeConfig, PixelConfig, ClassifierConfig, DiffusionConfig)
+
+
+def all_fields() -> list[Any]:
+    """Return the fields of every group."""
+    groups = [g for g in globals().values() if isinstance(g, type) and is_dataclass(g)]
+    return [f for group in groups for f in fields(group)]
+
+
+def defaults(*groups: type) -> dict[str, Any]:
+    """Return flag name -> default for the groups, in order."""
+    return {f.name: f.default for group in groups for f in fields(group)}
+
+
+def fixed_names(*groups: type) -> set[str]:
+    """Return the names of the flags that fix the trained network or process."""
+    return {f.name for group in groups for f in fields(group) if f.metadata["fixes"]}
+
+
+# --------------------------------------------------------------------------------------------
+# From the command line
+
+
+def str2bool(v: Any) -> bool:
+    """Read yes/true/t/y/1 or no/false/f/n/0, in any case.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if isinstance(v, bool):
+        return v
+    if v.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if v.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {v!r}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the list of all flags."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def _add_flag(group: Any, f: Any, default: Any) -> None:
+    shown = f"{f.metadata['help']} [{default!r}]".replace("%", "%%")
+    kind = str2bool if f.type is bool else f.type
+    group.add_argument(
+        f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__, help=shown
+    )
+
+
+def _check(parser: argparse.ArgumentParser, f: Any, value: Any) -> None:
+    if f.metadata["required"] and value == "":
+        parser.error(f"--{f.name} is missing: {f.metadata['help']}")
+    problem = f.metadata["check"] and f.metadata["check"](value)
+    if problem:
+        parser.error(f"--{f.name} {value} {problem}")
+
+
+def parse_flags(
+    description: str | None,
+    *groups: type,
+    argv: Iterable[str] | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> argparse.Namespace:
+    """Read a command line into a namespace of flag values.
+
+    Args:
+        description: printed above the flags.
+        groups: the dataclasses whose flags the program has.
+        argv: the command line, sys.argv[1:] by default.
+        overrides: defaults of this program where they differ.
+
+    Returns:
+        a namespace with every flag, and `given`, the set of names that the user set.
+    """
+    parser = _Parser(description=description, allow_abbrev=False)
+    values = defaults(*groups) | (overrides or {})
+    for group in groups:
+        section = parser.add_argument_group(group.__doc__)
+        for f in fields(group):
+            _add_flag(section, f, values[f.name])
+    given = vars(parser.parse_args(None if argv is None else list(argv)))
+    values |= given
+    for group in groups:
+        for f in fields(group):
+            _check(parser, f, values[f.name])
+    return argparse.Namespace(**values, given=set(given))
+
+
+def adopt_flags(
+    args: argparse.Namespace, saved: dict[str, Any], path: str, *groups: type
+) -> argparse.Namespace:
+    """Fill in the flags that a checkpoint was trained with.
+
+    Args:
+        args: the command line, from `parse_flags`.
+        saved: flag -> value from the file beside the checkpoint.
+        path: the checkpoint, for the message.
+        groups: the groups that describe this kind of checkpoint.
+
+    Returns:
+        a copy of `args`; flags that the user did not give have the checkpoint's values.
+
+    Raises:
+        ValueError: if the user gave a flag that fixes the network another value.
+    """
+    fixed, merged = fixed_names(*groups), argparse.Namespace(**vars(args))
+    for name in defaults(*groups).keys() & saved.keys():
+        mine, theirs = getattr(args, name), saved[name]
+        if name not in args.given:
+            setattr(merged, name, theirs)
+        elif name in fixed and _canonical(mine) != _canonical(theirs):
+            raise ValueError(
+                f"--{name} {mine} contradicts {path}, which was trained with --{name} {theirs}; "
+                f"leave --{name} out"
+            )
+    return merged
+
+
+def _canonical(value: Any) -> Any:
+    """Make '16,8' and '16, 8' equal; everything else stays as it is."""
+    return value.replace(" ", "") if isinstance(value, str) else value
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; a user's mistake ends in one line on stderr and exit code 1.
+
+    The whole traceback is shown when GUIDED_DIFFUSION_TRACEBACK is set.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if os.environ.get("GUIDED_DIFFUSION_TRACEBACK"):
+            raise
+        line = " ".join(str(error).split())
+        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,374 @@
+"""Ranks, devices and collectives, under mpiexec, torchrun, Slurm's srun or in one process.
+
+`setup_dist()` picks a device and makes a process group, also for one process. Importing this module
+costs no import of torch, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .launchers import TIMEOUT, Launch, abort, abort_if_uncaught, first_line, meet, read_launch
+
+if TYPE_CHECKING:
+    import torch
+
+GPUS_PER_NODE = 8  # of the published cluster; programs read it, nothing here does
+
+
+@dataclass
+class State:
+    """What setup_dist() leaves for the other functions of this module."""
+
+    device: torch.device | None = None
+    store: Any = None  # the key-value store through which the ranks met
+    num_shared: Counter = field(default_factory=Counter)
+
+
+_state = State()
+
+
+# Setting up
+
+
+def setup_dist(device: str | None = None) -> None:
+    """Pick this rank's device and make the process group; a second call does no harm.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1" or "mps"; by default a GPU of its own for each rank of
+            a host, or the CPU where there is no GPU.
+    """
+    import torch.distributed as dist
+
+    launch = read_launch(os.environ)
+    if _group_exists():
+        if device is not None or _state.device is None:
+            _use_device(choose_device(device, launch.local_rank or 0))
+        return
+    if launch.world_size == 1:
+        _use_device(choose_device(device))
+        store, backend = dist.HashStore(), "gloo"
+    else:
+        store, launch = meet(launch)
+        chosen, backend, num_local = _agree_on_devices(store, launch, device)
+        _use_device(chosen)
+        _share_cores(num_local)
+    if launch.one_host:
+        _use_loopback()
+    dist.init_process_group(
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+    )
+    _state.store = dist.PrefixStore("guided_diffusion/shared", store)
+    if launch.launcher == "mpi":
+        abort_if_uncaught()  # last, to be the outermost hook: torch's holds back what is printed
+
+
+def choose_device(device: str | None = None, local_rank: int = 0) -> torch.device:
+    """Return the named device, or the best there is, as an error names --device if it is absent."""
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = ["cpu"] + [f"cuda:{i}" for i in range(num_gpus)]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    name = str(device or ("cuda" if num_gpus else "cpu"))
+    if name == "cuda" and num_gpus:
+        name = f"cuda:{local_rank % num_gpus}"
+    if name not in available:
+        raise ValueError(f"--device {name} is not available here; choose from {available}")
+    return torch.device(name)
+
+
+def _agree_on_devices(
+    store: Any, launch: Launch, device: str | None
+) -> tuple[torch.device, str, int]:
+    """Return this rank's device, the backend, and how many ranks this host has.
+
+    A device that one rank cannot have is an error on all ranks, so that none waits for another.
+    """
+    import torch
+    import torch.distributed as dist
+
+    chosen, mine = None, {"host": socket.gethostname(), "gpu": None, "num_gpus": 0, "error": None}
+    try:
+        chosen = choose_device(device, launch.local_rank)
+        if chosen.type == "cuda":
+            gpu = torch.cuda.get_device_properties(chosen)  # srun may show each rank another GPU 0
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            mine["gpu"] = str(getattr(gpu, "uuid", f"{visible}:{chosen.index}"))
+            mine["num_gpus"] = torch.cuda.device_count()
+    except ValueError as error:
+        mine["error"] = str(error)
+    facts = dist.PrefixStore("guided_diffusion/facts", store)
+    facts.set(str(launch.rank), json.dumps(mine))
+    ranks = [json.loads(facts.get(str(rank))) for rank in range(launch.world_size)]
+    for error in filter(None, (rank["error"] for rank in ranks)):
+        raise ValueError(error)
+    backend = _choose_backend(ranks, may_share=":" in str(device))
+    return chosen, backend, sum(rank["host"] == mine["host"] for rank in ranks)
+
+
+def _choose_backend(ranks: list[dict[str, Any]], may_share: bool) -> str:
+    """Return "nccl" if each rank has a GPU of its own; ranks may share one that --device names."""
+    import torch.distributed as dist
+
+    gpus = Counter((rank["host"], rank["gpu"]) for rank in ranks if rank["gpu"])
+    crowded = [rank for rank in ranks if gpus[rank["host"], rank["gpu"]] > 1]
+    if crowded and not may_share:
+        host, num_gpus = crowded[0]["host"], crowded[0]["num_gpus"]
+        num_ranks = sum(rank["host"] == host for rank in ranks)
+        raise ValueError(
+            f"{num_ranks} ranks on {host} cannot have a GPU each, {num_gpus} visible: "
+            f"start at most {num_gpus} per host, or give --device cpu"
+        )
+    own_gpus = gpus.total() == len(ranks) and not crowded
+    return "nccl" if own_gpus and dist.is_nccl_available() else "gloo"
+
+
+def _use_device(device: torch.device) -> None:
+    """Make this the device of dev() and, if it is a GPU, of calls that name none."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _state.device = device
+
+
+def _share_cores(num_local: int) -> None:
+    """Divide the cores of a host among its ranks, unless someone already did."""
+    import torch
+
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    if "OMP_NUM_THREADS" not in os.environ and len(affinity) == os.cpu_count():
+        torch.set_num_threads(max(1, torch.get_num_threads() // num_local))
+
+
+def _use_loopback() -> None:
+    """Let gloo talk within the host: what a container calls itself may lead nowhere."""
+    with suppress(OSError, AttributeError):
+        names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
+        for name in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+@contextmanager
+def process_group(device: str | None = None) -> Iterator[None]:
+    """Run a block between setup_dist() and the end of the group, if this made the group.
+
+    In a job of several ranks an exception inside is reported and ends the whole job: the other
+    ranks would wait for this one forever.
+    """
+    made_here = not _group_exists()
+    try:
+        setup_dist(device)
+        yield
+        if made_here:
+            barrier()
+    except BaseException as error:
+        is_normal_exit = isinstance(error, SystemExit) and not error.code
+        if get_world_size() > 1 and not is_normal_exit:
+            _report(error)
+            abort(1)
+        raise
+    finally:
+        if made_here and _group_exists():
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+            _state.store = None
+
+
+def _report(error: BaseException) -> None:
+    """Print an error of this rank: one line if it is meant for people, else the traceback."""
+    rank = get_rank()
+    if rank > 0:
+        time.sleep(2)  # an error of all ranks is told by rank 0, which ends the others
+    if isinstance(error, ValueError | SystemExit):
+        text = f"error: {error}"
+    else:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr)
+
+
+# Asking and telling
+
+
+def _group_exists() -> bool:
+    """Tell whether there is a process group, without importing torch to find out."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    """Return this process's number, before setup_dist() as its launcher numbered it."""
+    if _group_exists():
+        return sys.modules["torch.distributed"].get_rank()
+    return read_launch(os.environ).rank
+
+
+def get_world_size() -> int:
+    """Return the number of processes in the job."""
+    if _group_exists():
+        return sys.modules["torch.distributed"].get_world_size()
+    return read_launch(os.environ).world_size
+
+
+def is_main() -> bool:
+    """Tell whether this is rank 0, which writes the files and prints."""
+    return get_rank() == 0
+
+
+def dev() -> torch.device:
+    """Return the device of this rank."""
+    return _state.device or choose_device(None, read_launch(os.environ).local_rank or 0)
+
+
+def _is_alone() -> bool:
+    """Tell whether a collective would have nobody to talk to."""
+    return not _group_exists() or get_world_size() == 1
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    import torch.distributed as dist
+
+    if not _is_alone():
+        dist.barrier(device_ids=[dev().index] if dist.get_backend() == "nccl" else None)
+
+
+def broadcast_object(value: Any) -> Any:
+    """Return rank 0's value on every rank. All ranks call this."""
+    import torch.distributed as dist
+
+    if _is_alone():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's value, by rank, on rank 0 and an empty list elsewhere."""
+    import torch.distributed as dist
+
+    if _is_alone():
+        return [value]
+    box = [None] * get_world_size() if is_main() else None
+    dist.gather_object(value, box, dst=0)
+    return box or []
+
+
+def share(name: str, make: Callable[[], str]) -> str:
+    """Return on every rank what `make` returned on rank 0, which does not wait for the others.
+
+    Unlike a collective this also serves programs in which rank 0 alone asks.
+    """
+    if _is_alone():
+        return make()
+    if _state.store is None:
+        return broadcast_object(make() if is_main() else None)
+    _state.num_shared[name] += 1
+    key = f"{name}/{_state.num_shared[name]}"
+    if is_main():
+        _state.store.set(key, make())
+    return _state.store.get(key).decode()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the ranks, as a new tensor. All ranks call this."""
+    import torch.distributed as dist
+
+    total = tensor.detach().clone()
+    if not _is_alone():
+        dist.all_reduce(total)
+    return total
+
+
+def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the mean of a floating-point tensor over the ranks. All ranks call this."""
+    return all_reduce_sum(tensor) / get_world_size()
+
+
+def sync_params(params: Iterable[torch.Tensor]) -> None:
+    """Overwrite the tensors of every rank with those of rank 0. All ranks call this."""
+    import torch
+    import torch.distributed as dist
+
+    if _is_alone():
+        return
+    device = dev() if dist.get_backend() == "nccl" else None
+    with torch.no_grad():
+        for param in params:
+            # As bytes, since the backends do not know every dtype.
+            whole = param.detach().to(device).contiguous()
+            dist.broadcast(whole.reshape(-1).view(torch.uint8), src=0)
+            if get_rank() > 0:
+                param.copy_(whole)
+
+
+# Loading
+
+
+def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
+    """Read a checkpoint of tensors, by default onto the CPU.
+
+    Each rank reads for itself, so any one of them may call this alone. The file can only hold
+    tensors and plain containers: one that would run code is refused.
+
+    Args:
+        path: A local path, or a remote one (az://, gs://) that blobfile understands.
+        **kwargs: Passed on to `torch.load`.
+    """
+    import torch
+
+    file = _read_remote(str(path)) if "://" in str(path) else os.path.expanduser(path)
+    if isinstance(file, str) and not os.path.isfile(file):
+        what = "is a folder" if os.path.isdir(file) else "does not exist"
+        raise ValueError(f"{path} {what}; expected a checkpoint file such as model000000.pt")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(file, **{"map_location": "cpu", "weights_only": True, **kwargs})
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, EOFError, LookupError, ValueError, RuntimeError, pickle.PickleError) as error:
+        raise ValueError(f"{path} {_explain_refusal(error)}") from error
+
+
+def _read_remote(path: str) -> io.BytesIO:
+    """Fetch a remote file through blobfile."""
+    try:
+        import blobfile
+
+        with blobfile.BlobFile(path, "rb") as file:
+            return io.BytesIO(file.read())
+    except Exception as error:  # each storage service brings errors of its own
+        raise ValueError(
+            f"{path} cannot be read ({first_line(error)}); download it and give its local path"
+        ) from error
+
+
+def _explain_refusal(error: Exception) -> str:
+    """Say what is wrong with a file that torch.load refused."""
+    expected = "expected tensors alone, as torch.save(model.state_dict(), path) writes them"
+    code = re.search(r"(?:Unsupported|GLOBAL|class) \S*?([\w.]+\.\w+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and code:
+        return f"holds Python objects ({code.group(1)}) that could run code; {expected}"
+    if isinstance(error, pickle.UnpicklingError | LookupError | EOFError):
+        return f"is empty, cut short or not written by torch.save; {expected}"
+    reason = first_line(error).split(". ")[0]
+    return f"cannot be read, it may be cut short ({reason}); {expected}"

@@ -1,0 +1,416 @@
+"""Log lines and key-value pairs to the terminal, log.txt, progress.csv, JSON and TensorBoard.
+
+A training loop calls `logkv` or `logkv_mean` at each step and `dumpkvs` now and then: one dump is a
+table on the terminal and a row of progress.csv. Before `configure()` there is the terminal alone.
+Files that exist are appended to, so that a resumed run goes on in the files of the first.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from . import dist_util
+
+DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
+
+
+class Output:
+    """A place to write to; each kind overrides what it can show."""
+
+    def write_text(self, text: str) -> None:
+        """Write a line."""
+
+    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write one dump of key-value pairs."""
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+class TextOutput(Output):
+    """Lines and tables for people: log.txt or, on rank 0 alone, the terminal."""
+
+    def __init__(self, path: Path | None = None):
+        self.file = path and path.open("a", encoding="utf-8")
+
+    def write_text(self, text: str) -> None:
+        """Write a line, at once."""
+        if self.file or dist_util.is_main():
+            print(text, file=self.file, flush=True)
+
+    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write a table."""
+        self.write_text(format_table(kvs))
+
+    def close(self) -> None:
+        """Close the file, if it is not the terminal."""
+        if self.file:
+            self.file.close()
+
+
+class CSVOutput(Output):
+    """A table with a column for every key; a key that comes later adds a column to all rows."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self._open("a+") as file:
+            file.seek(0)
+            text = file.read()
+            whole_rows = text[: text.rfind("\n") + 1]  # a killed run may leave half a row
+            file.truncate(len(whole_rows.encode()))
+        self.columns = next(csv.reader(whole_rows.splitlines()), [])
+
+    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
+        """Append a row."""
+        new = sorted(kvs.keys() - set(self.columns))
+        if new:
+            self._add_columns(new)
+        with self._open("a") as file:
+            csv.writer(file, lineterminator="\n").writerow([kvs.get(key) for key in self.columns])
+
+    def _add_columns(self, new: list[str]) -> None:
+        """Rewrite the file with empty fields under the new columns."""
+        with self._open("r") as file:
+            rows = list(csv.reader(file))[1:]
+        self.columns += new
+        padded = (row + [""] * (len(self.columns) - len(row)) for row in rows)
+        draft = self.path.with_name(self.path.name + ".tmp")
+        with draft.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([self.columns, *padded])
+        os.replace(draft, self.path)
+
+    def _open(self, mode: str) -> Any:
+        return self.path.open(mode, newline="", encoding="utf-8")
+
+
+class JSONOutput(Output):
+    """A JSON object for each dump, each on a line."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("a", encoding="utf-8")
+
+    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
+        """Append a line."""
+        print(json.dumps(kvs), file=self.file, flush=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class TensorBoardOutput(Output):
+    """A curve for each number, over the key "step" if there is one, else over the dumps."""
+
+    def __init__(self, folder: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "the log format tensorboard needs a package: pip install tensorboard"
+            ) from error
+        self.writer = SummaryWriter(str(folder))
+        self.num_dumps = 0
+
+    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
+        """Add a point to each curve."""
+        self.num_dumps += 1
+        for key, value in kvs.items():
+            if isinstance(value, int | float):
+                self.writer.add_scalar(key, value, int(kvs.get("step", self.num_dumps)))
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+
+# name -> output, given the folder and the suffix of this rank's files
+FORMATS = {
+    "stdout": lambda folder, suffix: TextOutput(),
+    "log": lambda folder, suffix: TextOutput(folder / f"log{suffix}.txt"),
+    "csv": lambda folder, suffix: CSVOutput(folder / f"progress{suffix}.csv"),
+    "json": lambda folder, suffix: JSONOutput(folder / f"progress{suffix}.json"),
+    "tensorboard": lambda folder, suffix: TensorBoardOutput(folder / f"tb{suffix}"),
+}
+
+
+def format_table(kvs: Mapping[str, Any]) -> str:
+    """Return key-value pairs as an aligned table, sorted by key."""
+    shown = {key: f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in kvs.items()}
+    rows = [(_shorten(key), _shorten(shown[key])) for key in sorted(shown, key=str.lower)]
+    width, value_width = (max(map(len, column)) for column in zip(*rows, strict=True))
+    rule = "-" * (width + value_width + 7)
+    lines = [f"| {key:<{width}} | {value:<{value_width}} |" for key, value in rows]
+    return "\n".join([rule, *lines, rule])
+
+
+def _shorten(text: str, limit: int = 40) -> str:
+    """Cut a long text, and show that it is cut."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+class Logger:
+    """Some outputs, and the pairs that wait for the next dump."""
+
+    def __init__(self, dir: str | None, outputs: Iterable[Output], comm: Any = None):
+        self.dir = dir
+        self.outputs = list(outputs)
+        self.comm = comm
+        self.level = INFO
+        self.values: dict[str, Any] = {}
+        self.counts: dict[str, int] = {}  # of the keys whose value is a sum, to be averaged
+
+    def logkv(self, key: str, val: Any) -> None:
+        """Keep the last value of a key."""
+        self.values[key] = _hold(val)
+        self.counts.pop(key, None)
+
+    def logkv_mean(self, key: str, val: Any) -> None:
+        """Average the values of a key until the next dump."""
+        val = _hold(val)
+        val = val.float() if hasattr(val, "float") else val  # half precision would not add up
+        count = self.counts.get(key, 0)
+        self.values[key] = self.values[key] + val if count else val
+        self.counts[key] = count + 1
+
+    def getkvs(self) -> dict[str, Any]:
+        """Return the pairs so far, as plain numbers and strings."""
+        plain = {key: _to_plain(value) for key, value in self.values.items()}
+        return plain | {key: plain[key] / count for key, count in self.counts.items()}
+
+    def dumpkvs(self) -> dict[str, Any]:
+        """Write the pairs to every output, forget them, and return them."""
+        kvs = self.getkvs() if self.comm is None else self._average_over_ranks()
+        self.values, self.counts = {}, {}
+        if kvs and self.level < DISABLED:
+            for output in self.outputs:
+                output.write_kvs(kvs)
+        return kvs
+
+    def _average_over_ranks(self) -> dict[str, Any]:
+        """Weigh the means of all ranks of an mpi4py communicator; only rank 0 gets a result."""
+        kvs: dict[str, Any] = {}
+        totals = dict.fromkeys(self.counts, 0.0)
+        for values, counts in self.comm.gather((self.getkvs(), self.counts), root=0) or []:
+            for key, value in values.items():
+                if key in counts:
+                    mean, count = kvs.get(key, 0.0), totals.get(key, 0) + counts[key]
+                    kvs[key] = mean + (value - mean) * counts[key] / count
+                    totals[key] = count
+                else:
+                    kvs.setdefault(key, value)
+        return kvs
+
+    def log(self, *args: Any, level: int = INFO) -> None:
+        """Write a line, as print would, if its level is high enough."""
+        if self.level <= level and self.level < DISABLED:
+            for output in self.outputs:
+                output.write_text(" ".join(map(str, args)))
+
+    def close(self) -> None:
+        """Close every output."""
+        for output in self.outputs:
+            output.close()
+
+
+def _hold(value: Any) -> Any:
+    """Keep a tensor's value without waiting for its device, and out of reach of later changes."""
+    return value.detach().clone() if hasattr(value, "detach") else value
+
+
+def _to_plain(value: Any) -> Any:
+    """Turn a tensor or numpy number into a Python one; what is no number becomes text."""
+    if hasattr(value, "tolist"):
+        flat = value.reshape(-1).tolist()
+        value = flat[0] if len(flat) == 1 else value.tolist()
+    return value if isinstance(value, int | float) else str(value)
+
+
+_terminal = Logger(None, [TextOutput()])
+_current = _terminal
+
+
+def configure(
+    dir: str | os.PathLike | None = None,
+    format_strs: Iterable[str] | None = None,
+    comm: Any = None,
+    log_suffix: str = "",
+) -> None:
+    """Log into a folder from now on, and say into which.
+
+    Args:
+        dir: The folder; by default that of OPENAI_LOGDIR, else a new one under ./logs, named by
+            the time, the same on all ranks.
+        format_strs: Names out of FORMATS; by default those of OPENAI_LOG_FORMAT on rank 0 and of
+            OPENAI_LOG_FORMAT_MPI elsewhere.
+        comm: An mpi4py communicator, to average over its ranks what logkv_mean averages.
+        log_suffix: Goes into the file names.
+    """
+    new = _make_logger(dir, format_strs, comm, log_suffix)
+    reset()
+    _begin(new)
+
+
+def _begin(new: Logger) -> None:
+    """Make this the current logger."""
+    global _current
+    _current = new
+    if new.dir:
+        new.log(f"Logging to {new.dir}")
+
+
+def _make_logger(
+    dir: str | os.PathLike | None,
+    format_strs: Iterable[str] | None = None,
+    comm: Any = None,
+    log_suffix: str = "",
+) -> Logger:
+    """Make the folder, and open in it the files of this rank."""
+    rank = dist_util.get_rank() if comm is None else comm.Get_rank()
+    names = _default_formats(rank) if format_strs is None else format_strs
+    names = [name.strip() for name in names if name.strip()]
+    unknown = sorted(set(names) - set(FORMATS))
+    if unknown:
+        raise ValueError(f"log formats {unknown} must be among {sorted(FORMATS)}")
+    dir = dir or os.environ.get("OPENAI_LOGDIR") or dist_util.share("log_dir", _make_dated_folder)
+    folder = Path(os.path.abspath(os.path.expanduser(dir)))
+    suffix = log_suffix + (f"-rank{rank:03d}" if rank > 0 else "")
+    try:
+        if "://" in str(dir):
+            raise OSError("not a local path")
+        folder.mkdir(parents=True, exist_ok=True)
+        outputs = [FORMATS[name](folder, suffix) for name in names]
+    except OSError as error:
+        raise ValueError(
+            f"--log_dir {str(dir)!r} is not a folder to write into ({error.strerror or error})"
+        ) from error
+    return Logger(str(folder), outputs, comm)
+
+
+def _default_formats(rank: int) -> list[str]:
+    """Return the names of the formats that the environment asks for."""
+    if rank == 0:
+        return os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv").split(",")
+    return os.environ.get("OPENAI_LOG_FORMAT_MPI", "log").split(",")
+
+
+def _make_dated_folder() -> str:
+    """Make a folder under ./logs that no other run has, and return its path."""
+    name = os.path.abspath(datetime.now().strftime("logs/%Y-%m-%d-%H-%M-%S"))
+    for number in range(1000):
+        path = f"{name}-{number}" if number else name
+        try:
+            os.makedirs(path)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(
+                f"cannot make {path} ({error.strerror}): choose a folder with --log_dir"
+            ) from error
+        return path
+    raise ValueError(f"cannot make {name}: choose a folder with --log_dir")
+
+
+def reset() -> None:
+    """Close the current logger's files and go back to the terminal alone."""
+    global _current
+    if _current is not _terminal:
+        _current.close()
+    _current = _terminal
+
+
+@contextmanager
+def scoped_configure(
+    dir: str | os.PathLike | None = None,
+    format_strs: Iterable[str] | None = None,
+    comm: Any = None,
+) -> Iterator[None]:
+    """Log into a folder within a block, close its files after it, then go on as before."""
+    global _current
+    before = _current
+    _begin(_make_logger(dir, format_strs, comm))
+    try:
+        yield
+    finally:
+        reset()
+        _current = before
+
+
+def session(dir: str | os.PathLike | None = None) -> Any:
+    """Return `scoped_configure(dir)`, the block that a script runs in."""
+    return scoped_configure(dir)
+
+
+def get_current() -> Logger:
+    """Return the logger that the functions below speak to."""
+    return _current
+
+
+def get_dir() -> str:
+    """Return the folder that is logged into; configure() first if nobody did."""
+    if _current.dir is None:
+        configure()
+    return _current.dir
+
+
+def logkv(key: str, val: Any) -> None:
+    """Keep the last value of a key for the next dump; a tensor is read only then."""
+    _current.logkv(key, val)
+
+
+def logkv_mean(key: str, val: Any) -> None:
+    """Average the values of a key until the next dump; tensors are read only then."""
+    _current.logkv_mean(key, val)
+
+
+def logkvs(d: Mapping[str, Any]) -> None:
+    """Keep several pairs for the next dump."""
+    for key, val in d.items():
+        _current.logkv(key, val)
+
+
+def dumpkvs() -> dict[str, Any]:
+    """Write the pairs to every output, forget them, and return them."""
+    return _current.dumpkvs()
+
+
+def getkvs() -> dict[str, Any]:
+    """Return the pairs that wait for the next dump."""
+    return _current.getkvs()
+
+
+def log(*args: Any, level: int = INFO) -> None:
+    """Write a line to the terminal and log.txt."""
+    _current.log(*args, level=level)
+
+
+def debug(*args: Any) -> None:
+    """Write a line that shows only after set_level(DEBUG)."""
+    log(*args, level=DEBUG)
+
+
+def info(*args: Any) -> None:
+    """Write a line of the usual level."""
+    log(*args, level=INFO)
+
+
+def warn(*args: Any) -> None:
+    """Write a line about something to look at."""
+    log(*args, level=WARN)
+
+
+def error(*args: Any) -> None:
+    """Write a line about something that failed."""
+    log(*args, level=ERROR)
+
+
+def set_level(level: int) -> None:
+    """Show only lines of this level or above (DEBUG, INFO, WARN, ERROR, DISABLED)."""
+    _current.level = level

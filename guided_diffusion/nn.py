@@ -1,0 +1,131 @@
+"""Small pieces that every network of this package is built from."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+AVG_POOLS = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+class SiLU(nn.Module):
+    """The activation x * sigmoid(x) (Hendrycks and Gimpel, 2016), of any shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x * sigmoid(x), shaped like x."""
+        return F.silu(x)
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalization (Wu and He, 2018) with statistics in float32 at least.
+
+    Half-precision activations, also those under autocast, are widened for the sums over a
+    group and narrowed again afterwards; float64 stays float64.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x [N, C, ...]; the result has the dtype of x."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = self.weight, self.bias
+        if weight is not None:
+            weight, bias = weight.to(dtype), bias.to(dtype)
+        return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def _by_dims(table: dict[int, type[nn.Module]], dims: int) -> type[nn.Module]:
+    if dims not in table:
+        raise ValueError(f"dims must be one of {sorted(table)}, got {dims!r}")
+    return table[dims]
+
+
+def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """Return a convolution over `dims` spatial dimensions (1, 2 or 3).
+
+    Raises:
+        ValueError: `dims` is something else.
+    """
+    return _by_dims(CONVS, dims)(*args, **kwargs)
+
+
+def linear(*args: Any, **kwargs: Any) -> nn.Linear:
+    """Return a fully connected layer."""
+    return nn.Linear(*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """Return average pooling over `dims` spatial dimensions (1, 2 or 3).
+
+    Raises:
+        ValueError: `dims` is something else.
+    """
+    return _by_dims(AVG_POOLS, dims)(*args, **kwargs)
+
+
+@torch.no_grad()
+def update_ema(
+    target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99
+) -> None:
+    """Move each target in place to rate * target + (1 - rate) * source; its dtype stays."""
+    targets, sources = list(target_params), list(source_params)
+    assert len(targets) == len(sources), (len(targets), len(sources))
+    if targets:
+        torch._foreach_mul_(targets, rate)
+        torch._foreach_add_(targets, sources, alpha=1 - rate)
+
+
+@torch.no_grad()
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set every parameter of `module` to zero and return the module."""
+    for param in module.parameters():
+        param.zero_()
+    return module
+
+
+@torch.no_grad()
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
+    """Multiply every parameter of `module` by `scale` and return the module."""
+    for param in module.parameters():
+        param.mul_(scale)
+    return module
+
+
+def mean_flat(tensor: Tensor) -> Tensor:
+    """Average [N, ...] over all dimensions but the first: [N]."""
+    return tensor.mean(dim=list(range(1, tensor.dim())))
+
+
+def normalization(channels: int) -> GroupNorm32:
+    """Return the normalization of all networks here: 32 groups of `channels` / 32."""
+    return GroupNorm32(32, channels)
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: int = 10000) -> Tensor:
+    """Embed [N] timesteps, possibly fractional, as [N, dim] cosines, then sines.
+
+    The sinusoids of Vaswani et al. (2017), section 3.5: the frequencies fall geometrically
+    from 1 to nearly 1 / max_period. An odd `dim` is filled up with a zero column.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / half)
+    phases = timesteps[:, None].float() * frequencies  # [N, dim // 2]
+    return F.pad(torch.cat([phases.cos(), phases.sin()], dim=1), (0, dim % 2))  # [N, dim]
+
+
+def checkpoint(
+    func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Tensor], flag: bool
+) -> Any:
+    """Call `func(*inputs)`; with `flag`, recompute it in the backward pass to save memory.
+
+    The recomputation sees the random numbers of the first pass, so dropout agrees. Autograd
+    finds the parameters by itself: `params` is kept for callers that still list them.
+    """
+    del params
+    if not flag:
+        return func(*inputs)
+    return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)

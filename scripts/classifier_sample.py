@@ -1,0 +1,36 @@
+"""Draw images from a diffusion model, guided by a classifier, into an npz file and a PNG grid."""
+
+from guided_diffusion import config
+
+
+def main(argv=None):
+    """Read the flags, load model and classifier, draw the images and write them."""
+    args = config.parse_flags(
+        __doc__,
+        config.RunConfig,
+        config.LoadConfig,
+        config.BatchConfig,
+        config.SampleConfig,
+        config.GuidanceConfig,
+        *config.DIFFUSION_GROUPS,
+        config.ClassifierConfig,
+        argv=argv,
+        overrides={"batch_size": 16},
+    )
+
+    from guided_diffusion import dist_util, logger
+    from guided_diffusion import sample_util as su
+
+    with dist_util.process_group(args.device), logger.session(args.log_dir):
+        args, model, diffusion = su.load_model_and_diffusion(args)
+        cond_fn = su.load_guidance(args)
+        seed = su.choose_seed(args.seed)
+        labels = su.choose_labels(args, seed)
+        images = su.draw_samples(
+            args, model, diffusion, size=args.image_size, seed=seed, labels=labels, cond_fn=cond_fn
+        )
+        su.write_samples(images, labels, su.class_names(args.model_path))
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -1,0 +1,48 @@
+"""Train a diffusion model on a folder of images."""
+
+from guided_diffusion import config
+
+
+def main(argv=None):
+    """Read the flags, build the model and the data, and run the loop."""
+    args = config.parse_flags(
+        __doc__,
+        config.RunConfig,
+        config.DataConfig,
+        config.AugmentConfig,
+        config.BatchConfig,
+        config.OptimConfig,
+        config.TrainConfig,
+        *config.DIFFUSION_GROUPS,
+        argv=argv,
+    )
+
+    from guided_diffusion import dist_util, logger
+    from guided_diffusion.image_datasets import drop_labels, load_data
+    from guided_diffusion.script_util import (
+        args_to_dict,
+        create_model_and_diffusion,
+        model_and_diffusion_defaults,
+    )
+    from guided_diffusion.train_util import train
+
+    with dist_util.process_group(args.device), logger.session(args.log_dir):
+        flags = args_to_dict(args, model_and_diffusion_defaults())
+        model, diffusion = create_model_and_diffusion(**flags)
+        data = load_data(
+            data_dir=args.data_dir,
+            batch_size=args.batch_size,
+            image_size=args.image_size,
+            class_cond=args.class_cond,
+            in_channels=args.in_channels,
+            num_classes=args.num_classes,
+            random_flip=args.random_flip,
+            random_crop=args.random_crop,
+            report=logger.log,
+        )
+        data = drop_labels(data, args.label_dropout, args.num_classes)
+        train(args, model, diffusion, data, flags)
+
+
+if __name__ == "__main__":
+    config.run(main)
