@@ -7,13 +7,33 @@ nothing heavy, so that `--help` answers at once.
 """
 
 import argparse
+import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-Check = Callable[[Any], "str | None"]  # value -> what is wrong with it, or None
+from .flag_checks import (
+    Check,
+    above,
+    at_least,
+    between,
+    checkpoint_file,
+    class_list,
+    count_or_unset,
+    device_name,
+    ema_rates,
+    fraction,
+    image_folder,
+    list_of,
+    npz_file,
+    one_of,
+    output_folder,
+    respacing,
+)
+from .launchers import read_launch
 
 
 def flag(
@@ -36,63 +56,6 @@ def flag(
     """
     metadata = {"help": help, "check": check, "fixes": fixes, "required": required}
     return field(default=default, metadata=metadata)
-
-
-# --------------------------------------------------------------------------------------------
-# Checks
-
-
-def at_least(low: float) -> Check:
-    """Accept numbers from `low` on."""
-    return lambda value: None if value >= low else f"must be at least {low}"
-
-
-def above(low: float) -> Check:
-    """Accept numbers greater than `low`."""
-    return lambda value: None if value > low else f"must be greater than {low}"
-
-
-def fraction(value: float) -> str | None:
-    """Accept 0 <= value < 1."""
-    return None if 0 <= value < 1 else "must lie in [0, 1)"
-
-
-def one_of(*names: str) -> Check:
-    """Accept the given names."""
-    return lambda value: None if value in names else f"must be one of {', '.join(names)}"
-
-
-def count_or_unset(value: int) -> str | None:
-    """Accept a positive count, or -1 for none."""
-    return None if value == -1 or value > 0 else "must be positive, or -1 to leave it unset"
-
-
-def list_of(kind: type, example: str) -> Check:
-    """Accept comma-separated numbers greater than 0 (or an empty string)."""
-
-    def check(value: str) -> str | None:
-        try:
-            good = all(kind(item) > 0 for item in value.split(",")) if value else True
-        except ValueError:
-            good = False
-        return None if good else f"must be positive numbers with commas between, such as {example}"
-
-    return check
-
-
-def ema_rates(value: str) -> str | None:
-    """Accept comma-separated rates in [0, 1]."""
-    try:
-        good = all(0 <= float(item) <= 1 for item in str(value).split(","))
-    except ValueError:
-        good = False
-    return None if good else "must be rates between 0 and 1, such as 0.999,0.9999"
-
-
-def class_list(value: str) -> str | None:
-    """Accept comma-separated class numbers (or an empty string)."""
-    good = all(item.strip().isdigit() for item in value.split(",")) if value else True
-    return None if good else "must be class numbers with commas between, such as 207,360"
 
 
 # --------------------------------------------------------------------------------------------
@@ -400,41 +363,6 @@ def parse_flags(
         for f in fields(group):
             _check(parser, f, values[f.name])
     return argparse.Namespace(**values, given=set(given))
-
-
-def adopt_flags(
-    args: argparse.Namespace, saved: dict[str, Any], path: str, *groups: type
-) -> argparse.Namespace:
-    """Fill in the flags that a checkpoint was trained with.
-
-    Args:
-        args: the command line, from `parse_flags`.
-        saved: flag -> value from the file beside the checkpoint.
-        path: the checkpoint, for the message.
-        groups: the groups that describe this kind of checkpoint.
-
-    Returns:
-        a copy of `args`; flags that the user did not give have the checkpoint's values.
-
-    Raises:
-        ValueError: if the user gave a flag that fixes the network another value.
-    """
-    fixed, merged = fixed_names(*groups), argparse.Namespace(**vars(args))
-    for name in defaults(*groups).keys() & saved.keys():
-        mine, theirs = getattr(args, name), saved[name]
-        if name not in args.given:
-            setattr(merged, name, theirs)
-        elif name in fixed and _canonical(mine) != _canonical(theirs):
-            raise ValueError(
-                f"--{name} {mine} contradicts {path}, which was trained with --{name} {theirs}; "
-                f"leave --{name} out"
-            )
-    return merged
-
-
-def _canonical(value: Any) -> Any:
-    """Make '16,8' and '16, 8' equal; everything else stays as it is."""
-    return value.replace(" ", "") if isinstance(value, str) else value
 
 
 def run(main: Callable[[], None]) -> None:

@@ -44,26 +44,17 @@ def load_data(
     num_workers: int = 1,
     report: Callable[[str], None] | None = None,
 ) -> Iterator[Batch]:
-    """Check the images of a folder, then return an iterator over batches of them.
+    """Check a folder of images and its subfolders, then return an iterator over batches of them.
 
     A batch is float32 images [N, C, image_size, image_size] in [-1, 1] and a dict, which under
     class_cond holds the class numbers "y", int64 [N]. Rank r of w sees the images r, r + w, ...
 
-    Args:
-        data_dir: Searched with all its subfolders; a URL with "://" is read through blobfile.
-        batch_size: Images per batch and rank.
-        image_size: Height and width that images are resized and cropped to.
-        class_cond: Whether to hand out class numbers.
-        deterministic: Go through the files in sorted order instead of shuffling them.
-        random_crop: Crop at a random place and scale, instead of the largest centred square.
-        random_flip: Mirror every other image, at random.
-        in_channels: 3 decodes colour, 1 grey.
-        num_classes: Upper limit on the classes that the folder may hold; None for no limit.
-        once: Go through the data once, in sorted order, neither flipped nor randomly cropped;
-            the last batch may be short, and one rank may have a batch more than another.
-            Otherwise go on for ever, always with full batches.
-        num_workers: Processes that decode beside the caller; 0 decodes in the caller.
-        report: Called on every rank with one line about the images found.
+    By default the batches are shuffled, always full, and go on for ever; `deterministic` keeps
+    the order of the files. `once` goes through the data a single time, in order, neither flipped
+    nor randomly cropped; then the last batch may be short, and one rank may get a batch more than
+    another. `in_channels` 3 decodes colour, 1 grey. More classes than `num_classes`, if given,
+    are an error. `num_workers` processes decode beside the caller; 0 decodes in the caller.
+    `report` is called, on every rank, with one line about the images found.
 
     Raises:
         ValueError: The folder is missing, or holds no images or too few, or its classes do not
@@ -87,10 +78,8 @@ def load_data(
         random_flip=random_flip and not once,
         in_channels=in_channels,
     )
-    loader = _make_loader(
-        dataset, batch_size, shuffle=not (deterministic or once), once=once, num_workers=num_workers
-    )
-    return _iterate(loader, once)
+    shuffle = not (deterministic or once)
+    return _iterate(_make_loader(dataset, batch_size, shuffle, once, num_workers), once)
 
 
 def _check_fills_batch(data_dir: str, num_images: int, batch_size: int, num_shards: int) -> None:
@@ -107,7 +96,7 @@ def _check_fills_batch(data_dir: str, num_images: int, batch_size: int, num_shar
 
 
 def _make_loader(
-    dataset: ImageDataset, batch_size: int, *, shuffle: bool, once: bool, num_workers: int
+    dataset: ImageDataset, batch_size: int, shuffle: bool, once: bool, num_workers: int
 ) -> DataLoader:
     """Return a loader whose items are whole batches, or the ValueError of a broken image."""
     order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)

@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import random
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from .resample import (
 __all__ = [
     "INITIAL_LOG_LOSS_SCALE", "TrainLoop", "classifier_losses", "find_ema_checkpoint",
     "find_resume_checkpoint", "get_blob_logdir", "log_loss_dict", "parse_resume_step_from_filename",
+    "seed_ranks", "train",
 ]  # fmt: skip
 
 Cond = dict[str, Tensor]
@@ -97,7 +100,7 @@ class TrainLoop:
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.global_batch = batch_size * dist_util.get_world_size()
         self.lr, self.weight_decay = lr, weight_decay
-        self.ema_rate = [rate for rate in str(ema_rate).split(",") if rate]
+        self.ema_rate = [float(rate) for rate in str(ema_rate).split(",") if rate]
         self.log_interval, self.save_interval = log_interval, save_interval
         self.eval_interval, self.log_prefix = eval_interval, log_prefix
         self.resume_checkpoint = resume_checkpoint or find_resume_checkpoint()
@@ -145,7 +148,7 @@ class TrainLoop:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no optimizer state of this network: {error}") from error
 
-    def _load_ema(self, rate: str) -> list[Tensor]:
+    def _load_ema(self, rate: float) -> list[Tensor]:
         """Return the weight average to go on with: the saved one, else the present weights."""
         path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
         if path is None:
@@ -252,7 +255,7 @@ class TrainLoop:
 
     def _update_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            update_ema(params, self.mp_trainer.master_params, rate=float(rate))
+            update_ema(params, self.mp_trainer.master_params, rate=rate)
 
     def _anneal_lr(self) -> None:
         """Let the learning rate fall linearly to 0 over `lr_anneal_steps`."""
@@ -387,6 +390,21 @@ def log_loss_dict(diffusion: GaussianDiffusion, ts: Tensor, losses: dict[str, Te
             logger.logkv_mean(f"{name}_q{quarter}", value)
 
 
+def seed_ranks(seed: int) -> None:
+    """Seed the global random generators, each rank with its own number.
+
+    Args:
+        seed: that of rank 0; -1 draws one. It is logged.
+    """
+    drawn = int.from_bytes(os.urandom(4), "little") >> 1
+    seed = dist_util.broadcast_object(drawn if seed == -1 else seed)
+    logger.log(f"seed {seed}")
+    mine = (seed + dist_util.get_rank()) % 2**32
+    random.seed(mine)
+    np.random.seed(mine)
+    torch.manual_seed(mine)
+
+
 def train(
     args: argparse.Namespace,
     model: nn.Module,
@@ -405,8 +423,6 @@ def train(
         flags: what to write beside every checkpoint of weights.
         more: further arguments of `TrainLoop`.
     """
-    if args.seed != -1:
-        torch.manual_seed(args.seed + dist_util.get_rank())
     classifier = "iterations" in args
     steps = args.iterations if classifier else args.max_steps
     own = dict(
@@ -421,7 +437,10 @@ def train(
         fp16_scale_growth=args.fp16_scale_growth,
         lr_anneal_steps=args.lr_anneal_steps,
     )  # fmt: skip
-    same = "batch_size microbatch lr weight_decay log_interval save_interval resume_checkpoint use_bf16"
+    same = (
+        "batch_size microbatch lr weight_decay log_interval save_interval resume_checkpoint "
+        "use_bf16"
+    )
     logger.log("training...")
     TrainLoop(
         model=model.to(dist_util.dev()),

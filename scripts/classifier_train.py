@@ -27,9 +27,10 @@ def main(argv=None):
         classifier_and_diffusion_defaults,
         create_classifier_and_diffusion,
     )
-    from guided_diffusion.train_util import classifier_losses, train
+    from guided_diffusion.train_util import classifier_losses, seed_ranks, train
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
+        seed_ranks(args.seed)
         flags = args_to_dict(args, classifier_and_diffusion_defaults())
         classifier, diffusion = create_classifier_and_diffusion(**flags)
         load = partial(

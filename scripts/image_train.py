@@ -24,9 +24,10 @@ def main(argv=None):
         create_model_and_diffusion,
         model_and_diffusion_defaults,
     )
-    from guided_diffusion.train_util import train
+    from guided_diffusion.train_util import seed_ranks, train
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
+        seed_ranks(args.seed)
         flags = args_to_dict(args, model_and_diffusion_defaults())
         model, diffusion = create_model_and_diffusion(**flags)
         data = load_data(

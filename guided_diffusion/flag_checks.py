@@ -1,0 +1,129 @@
+"""What is wrong with the value of a flag: each check returns a phrase, or None for a good value.
+
+The message that reaches the user is "--flag value" and the phrase, so a phrase names the remedy.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+Check = Callable[[Any], "str | None"]  # value -> what is wrong with it, or None
+
+
+def at_least(low: float) -> Check:
+    """Accept numbers from `low` on."""
+    return lambda value: None if value >= low else f"must be at least {low}"
+
+
+def above(low: float) -> Check:
+    """Accept numbers greater than `low`."""
+    return lambda value: None if value > low else f"must be greater than {low}"
+
+
+def between(low: int, high: int) -> Check:
+    """Accept numbers from `low` to `high`."""
+    return lambda value: None if low <= value <= high else f"must lie between {low} and {high}"
+
+
+def fraction(value: float) -> str | None:
+    """Accept 0 <= value < 1."""
+    return None if 0 <= value < 1 else "must lie in [0, 1)"
+
+
+def one_of(*choices: Any) -> Check:
+    """Accept the given values."""
+    names = ", ".join(map(str, choices))
+    return lambda value: None if value in choices else f"must be one of {names}"
+
+
+def count_or_unset(value: int) -> str | None:
+    """Accept a positive count, or -1 for none."""
+    return None if value == -1 or value > 0 else "must be positive, or -1 to leave it unset"
+
+
+def list_of(kind: type, example: str) -> Check:
+    """Accept finite comma-separated numbers greater than 0 (or an empty string)."""
+
+    def check(value: str) -> str | None:
+        try:
+            good = all(0 < kind(item) < float("inf") for item in value.split(",")) if value else True
+        except ValueError:
+            good = False
+        return None if good else f"must be positive numbers with commas between, such as {example}"
+
+    return check
+
+
+def ema_rates(value: str) -> str | None:
+    """Accept comma-separated rates in [0, 1]."""
+    try:
+        good = all(0 <= float(item) <= 1 for item in value.split(","))
+    except ValueError:
+        good = False
+    return None if good else "must be rates between 0 and 1, such as 0.999,0.9999"
+
+
+def class_list(value: str) -> str | None:
+    """Accept comma-separated class numbers (or an empty string)."""
+    good = re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", value, re.ASCII) or not value
+    return None if good else "must be class numbers with commas between, such as 207,360"
+
+
+def respacing(value: str) -> str | None:
+    """Accept "250", "10,20,30", "ddim25" or an empty string; what fits the chain shows later."""
+    good = re.fullmatch(r"ddim\s*\d+|\s*\d+\s*(,\s*\d+\s*)*", value, re.ASCII) or not value
+    return None if good else "must be a number of steps, such as 250 or ddim25, or 10,20,30"
+
+
+def device_name(value: str) -> str | None:
+    """Accept cpu, cuda, cuda:N, mps or an empty string; whether there is one shows later."""
+    good = re.fullmatch(r"cpu|cuda(:\d+)?|mps|", value, re.ASCII)
+    return None if good else "must be cpu, cuda, cuda:N or mps"
+
+
+def is_remote(path: str) -> bool:
+    """Tell addresses that blobfile opens (gs://, az://, https://) from local paths."""
+    return "://" in path
+
+
+def checkpoint_file(value: str) -> str | None:
+    """Accept a file, an address or an empty string."""
+    remedy = "give a checkpoint file, such as model010000.pt"
+    return _file(value, remedy)
+
+
+def npz_file(value: str) -> str | None:
+    """Accept a file, an address or an empty string."""
+    return _file(value, "give an npz file, such as samples_100x64x64x3.npz")
+
+
+def _file(value: str, remedy: str) -> str | None:
+    path = os.path.expanduser(value)
+    if not value or is_remote(value) or os.path.isfile(path):
+        return None
+    return f"{'is a folder' if os.path.isdir(path) else 'does not exist'}: {remedy}"
+
+
+def image_folder(value: str) -> str | None:
+    """Accept a folder, an address or an empty string; what is in it shows later."""
+    if not value or is_remote(value) or os.path.isdir(value):
+        return None
+    state = "is a file, not a folder" if os.path.exists(value) else "does not exist"
+    return f"{state}: name the folder of the images"
+
+
+def output_folder(value: str) -> str | None:
+    """Accept a folder that can be written or made, or an empty string."""
+    if not value:
+        return None
+    if is_remote(value):
+        return "is not a local path: choose a folder on this machine"
+    path = os.path.abspath(os.path.expanduser(value))
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        return f"cannot be a folder, since {path} is a file: choose another"
+    if not os.access(path, os.W_OK | os.X_OK):
+        return f"cannot be written, since {path} is not yours to write into: choose another"
+    return None

@@ -1,0 +1,235 @@
+"""The samplers against chains of the published code, and the laws of the loop."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from stand_ins import (
+    MEANS,
+    VARS,
+    assert_close,
+    gradient,
+    make,
+    network,
+    tensor,
+)
+
+from guided_diffusion import sampling
+from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
+from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+
+SHAPE = (4, 3, 8, 8)
+
+
+def spaced(mean="EPSILON", var="LEARNED_RANGE", **kw):
+    return make(mean, var, cls=SpacedDiffusion, **kw)
+
+
+@pytest.mark.parametrize("guided", ["plain", "guided"])
+@pytest.mark.parametrize(("mean", "var"), [*itertools.product(MEANS, VARS)])
+def test_chains_agree_with_the_reference(mean, var, guided):
+    process, model = spaced(mean, var), network(var)
+    cond_fn = gradient if guided == "guided" else None
+    torch.manual_seed(3)
+    sample = process.p_sample_loop(model, SHAPE, cond_fn=cond_fn)
+    assert_close(sample, f"loop/ancestral/{mean}/{var}/{guided}", 1e-4)
+    for eta in (0.0, 0.7):
+        torch.manual_seed(3)
+        sample = process.ddim_sample_loop(model, SHAPE, cond_fn=cond_fn, eta=eta)
+        assert_close(sample, f"loop/ddim/{mean}/{var}/{guided}/{eta}", 1e-4)
+
+
+def check_both_samplers(process, prefix):
+    for name, loop in (("ancestral", process.p_sample_loop), ("ddim", process.ddim_sample_loop)):
+        torch.manual_seed(9)
+        sample = loop(network("LEARNED_RANGE"), SHAPE, cond_fn=gradient)
+        assert_close(sample, f"{prefix}/{name}", 1e-4)
+
+
+@pytest.mark.parametrize("rescale", [0, 1])
+def test_rescaled_chains_agree_with_the_reference(rescale):
+    check_both_samplers(spaced(rescale=bool(rescale)), f"rescaled/{rescale}")
+
+
+@pytest.mark.parametrize("rescale", [0, 1])
+@pytest.mark.parametrize("respacing", ["10", "ddim10"])
+def test_respaced_chains_agree_with_the_reference(respacing, rescale):
+    process = spaced(
+        loss="RESCALED_MSE",
+        rescale=bool(rescale),
+        betas=get_named_beta_schedule("linear", 1000),
+        use_timesteps=space_timesteps(1000, respacing),
+    )
+    check_both_samplers(process, f"respaced/{respacing}/{rescale}")
+
+
+@pytest.mark.parametrize("var", VARS)
+def test_the_reverse_chain_agrees_with_the_reference(var):
+    process, x = spaced(var=var), tensor("in/x_start")
+    for i in range(20):
+        t = torch.full((4,), i)
+        x = process.ddim_reverse_sample(network(var), x, t)["sample"]
+    assert_close(x, f"ddim_reverse/{var}", 1e-4)
+
+
+def test_the_reverse_step_undoes_the_step():
+    """With a prediction of x_0 that does not change, DDIM there and back is the identity."""
+    process, x_0 = make("START_X"), 0.5 * torch.ones(SHAPE)
+    x, t = torch.randn(SHAPE), torch.full((4,), 9)
+    up = process.ddim_reverse_sample(lambda x, t: x_0, x, t)["sample"]
+    down = process.ddim_sample(lambda x, t: x_0, up, t + 1)["sample"]
+    torch.testing.assert_close(down, x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_reverse_step_refuses_noise():
+    with pytest.raises(AssertionError, match="eta=0.5"):
+        make().ddim_reverse_sample(network(), torch.zeros(SHAPE), torch.zeros(4).long(), eta=0.5)
+
+
+def test_full_noise_ddim_draws_from_the_posterior():
+    """With eta = 1, DDIM's step is q(x_{t-1} | x_t, x_0) (DDIM, section 4.1)."""
+    process, x_0 = make("START_X"), 0.5 * torch.ones(SHAPE)
+    x, t = torch.randn(SHAPE), torch.tensor([1, 5, 12, 19])
+    torch.manual_seed(0)
+    sample = process.ddim_sample(lambda x, t: x_0, x, t, eta=1.0)["sample"]
+    torch.manual_seed(0)
+    mean, variance, _ = process.q_posterior_mean_variance(x_0, x, t)
+    expected = mean + variance.sqrt() * torch.randn(SHAPE)
+    torch.testing.assert_close(sample, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", range(2, 11))
+def test_full_noise_ddim_stays_finite(schedule, steps):
+    """1 - a_prev - sigma^2 nears 0 on short chains, and rounding must not make it negative."""
+    process = make(
+        cls=SpacedDiffusion,
+        betas=get_named_beta_schedule(schedule, 4000),
+        use_timesteps=space_timesteps(4000, str(steps)),
+    )
+    assert process.ddim_sample_loop(network(), SHAPE, eta=1.0).isfinite().all()
+
+
+@pytest.mark.parametrize("sampler", ["p", "ddim"])
+def test_the_last_step_adds_no_noise(sampler):
+    process, x, t = make(), torch.randn(SHAPE), torch.zeros(4, dtype=torch.int64)
+    options = {"eta": 1.0} if sampler == "ddim" else {}
+    out = getattr(process, f"{sampler}_sample")(network(), x, t, **options)
+    torch.testing.assert_close(out["sample"], out["pred_xstart"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["p", "ddim"])
+def test_the_loop_and_the_progressive_form_agree(sampler):
+    process = make()
+    torch.manual_seed(0)
+    whole = getattr(process, f"{sampler}_sample_loop")(network(), SHAPE)
+    torch.manual_seed(0)
+    steps = list(getattr(process, f"{sampler}_sample_loop_progressive")(network(), SHAPE))
+    assert len(steps) == 20
+    assert torch.equal(steps[-1]["sample"], whole)
+    assert all(set(out) == {"sample", "pred_xstart"} for out in steps)
+
+
+@pytest.mark.parametrize("sampler", ["p", "ddim"])
+def test_random_draws_are_the_start_and_one_per_step(sampler, monkeypatch):
+    drawn = []
+    original = torch.randn_like
+    monkeypatch.setattr(torch, "randn_like", lambda x: drawn.append(x) or original(x))
+    torch.manual_seed(0)
+    chain = getattr(make(), f"{sampler}_sample_loop_progressive")(network(), SHAPE)
+    list(chain)
+    after = torch.get_rng_state()
+    assert len(drawn) == 20
+    torch.manual_seed(0)
+    for _ in range(21):
+        torch.randn(SHAPE)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("sampler", ["p", "ddim"])
+def test_no_grad_mode_does_not_leak_into_the_consumer(sampler):
+    modes = []
+
+    def model(x, t):
+        modes.append(torch.is_grad_enabled())
+        return 0.1 * x
+
+    chain = getattr(make(), f"{sampler}_sample_loop_progressive")(model, SHAPE)
+    for out in itertools.islice(chain, 3):
+        assert torch.is_grad_enabled()
+        assert not out["sample"].requires_grad
+    chain.close()
+    assert torch.is_grad_enabled()
+    assert modes == [False] * 3
+    with torch.no_grad():
+        next(getattr(make(), f"{sampler}_sample_loop_progressive")(model, SHAPE))
+        assert not torch.is_grad_enabled()
+
+
+def test_a_single_step_is_differentiable():
+    x = torch.randn(SHAPE, requires_grad=True)
+    t = torch.full((4,), 5)
+    make().p_sample(network(), x, t)["sample"].sum().backward()
+    assert (x.grad != 0).any()
+
+
+def test_a_consumer_may_steer_the_chain():
+    """What is put in the place of a sample is what the next step starts from."""
+    seen = []
+
+    def model(x, t):
+        seen.append(x)
+        return 0.1 * x
+
+    for out in make().p_sample_loop_progressive(model, SHAPE):
+        out["sample"] = torch.full(SHAPE, 0.25)
+    assert all((x == 0.25).all() for x in seen[1:])
+
+
+def test_given_noise_is_the_start():
+    seen = []
+    noise = torch.randn(SHAPE)
+    next(make().p_sample_loop_progressive(lambda x, t: seen.append(x) or x, SHAPE, noise=noise))
+    assert seen[0] is noise
+
+
+def test_timesteps_descend_to_zero():
+    seen = []
+    make().ddim_sample_loop(lambda x, t: seen.append(t.tolist()) or 0.1 * x, SHAPE)
+    assert seen == [[i] * 4 for i in range(19, -1, -1)]
+
+
+def test_an_overridden_step_is_used_by_the_loop():
+    """Public code subclasses the process and overrides p_sample or the progressive loop."""
+
+    class Tagged(SpacedDiffusion):
+        def p_sample(self, *args, **kwargs):
+            return {**super().p_sample(*args, **kwargs), "sample": torch.full(SHAPE, 7.0)}
+
+    process = make(cls=Tagged, use_timesteps=range(20))
+    assert (process.p_sample_loop(network(), SHAPE) == 7).all()
+
+
+def test_the_device_is_that_of_the_parameters():
+    assert sampling.model_device(torch.nn.Linear(1, 1, device="meta")).type == "meta"
+    assert sampling.model_device(network(), torch.zeros(1, device="meta")).type == "meta"
+    assert sampling.model_device(network()).type == "cpu"
+
+
+def test_shapes_must_be_sequences():
+    with pytest.raises(AssertionError, match="shape"):
+        make().p_sample_loop(network(), 4)
+
+
+def test_progress_shows_a_bar(capsys):
+    make().p_sample_loop(network(), SHAPE, progress=True)
+    assert "20/20" in capsys.readouterr().err
+    make().p_sample_loop(network(), SHAPE)
+    assert not capsys.readouterr().err
+
+
+def test_images_of_one_dimension_sample_too():
+    sample = make().ddim_sample_loop(lambda x, t: 0.1 * x, (2, 3, 16))
+    assert sample.shape == (2, 3, 16)
+    assert np.isfinite(sample.numpy()).all()
