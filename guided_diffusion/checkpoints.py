@@ -2,19 +2,23 @@
 
 A training run leaves `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt` and `optNNNNNN.pt`, where NNNNNN is
 the number of optimizer updates taken, and a file `X.json` with the flags of the network and the
-process beside every `X.pt` that holds weights.
+process beside every `X.pt` that holds weights. Importing this module imports no torch, so that
+flags can be checked at once.
 """
+
+from __future__ import annotations
 
 import json
 import os
 import re
 from collections.abc import Callable
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from . import dist_util
+from .flag_checks import is_remote
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def model_name(step: int) -> str:
@@ -41,11 +45,6 @@ def step_of(filename: str) -> int:
 def flags_path(path: str) -> str:
     """Return the path of the flags file of checkpoint `path`."""
     return f"{os.path.splitext(path)[0]}.json"
-
-
-def is_remote(path: str) -> bool:
-    """Tell whether blobfile must open `path`."""
-    return "://" in path
 
 
 def join(folder: str, name: str) -> str:
@@ -92,6 +91,8 @@ def write_file(path: str, write: Callable[[Any], None]) -> None:
 
 def save(path: str, state: Any) -> None:
     """Save tensors at `path`, atomically."""
+    import torch
+
     write_file(path, lambda file: torch.save(state, file))
 
 
@@ -157,6 +158,8 @@ def load_weights(model: nn.Module, path: str, hint: str = "") -> None:
 
 def _mismatch(expected: dict[str, Any], found: Any) -> str | None:
     """Describe the first difference between two state dicts, or return None."""
+    import torch
+
     if not isinstance(found, dict) or not all(torch.is_tensor(v) for v in found.values()):
         return "it holds no weights (a modelNNNNNN.pt or ema_RATE_NNNNNN.pt is wanted)"
     for name, tensor in expected.items():

@@ -66,16 +66,24 @@ def flag(
 class RunConfig:
     """Where this run writes and computes."""
 
-    log_dir: str = flag("", "folder for all outputs (default: $OPENAI_LOGDIR, or logs/DATE)")
-    device: str = flag("", "cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)")
-    seed: int = flag(-1, "seed of all random draws (-1: drawn and printed)", check=at_least(-1))
+    log_dir: str = flag(
+        "", "folder for all outputs (default: $OPENAI_LOGDIR, or logs/DATE)", check=output_folder
+    )
+    device: str = flag(
+        "", "cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)", check=device_name
+    )
+    seed: int = flag(
+        -1, "seed of all random draws (-1: drawn and printed)", check=between(-1, 2**62)
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The images to read."""
 
-    data_dir: str = flag("", "folder of images, searched recursively", required=True)
+    data_dir: str = flag(
+        "", "folder of images, searched recursively", check=image_folder, required=True
+    )
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,10 @@ class BatchConfig:
 class OptimConfig:
     """How the network is trained."""
 
-    schedule_sampler: str = flag("uniform", "how t is drawn: uniform or loss-second-moment")
+    schedule_sampler: str = flag(
+        "uniform", "how t is drawn: uniform or loss-second-moment",
+        check=one_of("uniform", "loss-second-moment"),
+    )  # fmt: skip
     lr: float = flag(1e-4, "learning rate of AdamW", check=above(0))
     weight_decay: float = flag(0.0, "weight decay of AdamW", check=at_least(0))
     microbatch: int = flag(
@@ -105,7 +116,7 @@ class OptimConfig:
     )
     log_interval: int = flag(10, "steps between two lines of the log", check=at_least(1))
     save_interval: int = flag(10000, "steps between two checkpoints", check=at_least(1))
-    resume_checkpoint: str = flag("", "modelNNNNNN.pt from which to go on")
+    resume_checkpoint: str = flag("", "modelNNNNNN.pt from which to go on", check=checkpoint_file)
     use_bf16: bool = flag(False, "compute in bfloat16 autocast; weights stay float32")
 
 
@@ -127,7 +138,9 @@ class TrainConfig:
 class ClassifierTrainConfig:
     """What only the classifier's trainer knows."""
 
-    val_data_dir: str = flag("", "folder of validation images (default: no validation)")
+    val_data_dir: str = flag(
+        "", "folder of validation images (default: no validation)", check=image_folder
+    )
     noised: bool = flag(True, "train on noised images, as guidance needs")
     iterations: int = flag(150000, "number of steps", check=at_least(1))
     anneal_lr: bool = flag(False, "let the learning rate fall linearly to 0")
@@ -138,7 +151,9 @@ class ClassifierTrainConfig:
 class LoadConfig:
     """The trained model, and how much to do with it."""
 
-    model_path: str = flag("", "checkpoint; the .json beside it gives the flags", required=True)
+    model_path: str = flag(
+        "", "checkpoint; the .json beside it gives the flags", check=checkpoint_file, required=True
+    )
     num_samples: int = flag(10000, "number of images", check=at_least(1))
     clip_denoised: bool = flag(True, "clip the predicted x_start to [-1, 1] in every step")
 
@@ -148,6 +163,12 @@ class SampleConfig:
     """How images are drawn."""
 
     use_ddim: bool = flag(False, "DDIM instead of ancestral sampling")
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Of which classes."""
+
     classes: str = flag(
         "", "classes to draw, in turn, such as 207,360 (default: random)", check=class_list
     )
@@ -157,7 +178,7 @@ class SampleConfig:
 class GuidanceConfig:
     """The classifier that steers sampling."""
 
-    classifier_path: str = flag("", "checkpoint of the noisy classifier", required=True)
+    classifier_path: str = flag("", "checkpoint of the noisy classifier", check=checkpoint_file)
     classifier_scale: float = flag(1.0, "guidance scale; 0 samples without the classifier")
 
 
@@ -165,7 +186,9 @@ class GuidanceConfig:
 class BaseSamplesConfig:
     """The images to upsample."""
 
-    base_samples: str = flag("", "npz of small images, as a sampler writes it", required=True)
+    base_samples: str = flag(
+        "", "npz of small images, as a sampler writes it", check=npz_file, required=True
+    )
 
 
 @dataclass(frozen=True)
@@ -173,9 +196,7 @@ class PixelConfig:
     """What the images and their labels are."""
 
     num_classes: int = flag(1000, "number of classes", check=at_least(1), fixes=True)
-    in_channels: int = flag(
-        3, "3 for colour, 1 for grey images", check=lambda v: one_of("1", "3")(str(v)), fixes=True
-    )
+    in_channels: int = flag(3, "3 for colour, 1 for grey images", check=one_of(1, 3), fixes=True)
 
 
 @dataclass(frozen=True)
@@ -236,7 +257,9 @@ class DiffusionConfig:
         "linear", "how the betas grow: linear or cosine", check=one_of("linear", "cosine"),
         fixes=True,
     )  # fmt: skip
-    timestep_respacing: str = flag("", "steps to keep: 250, or 10,20,30 by section, or ddim25")
+    timestep_respacing: str = flag(
+        "", "steps to keep: 250, or 10,20,30 by section, or ddim25", check=respacing
+    )
     use_kl: bool = flag(False, "train on the variational bound")
     predict_xstart: bool = flag(False, "predict x_start instead of the noise", fixes=True)
     rescale_timesteps: bool = flag(False, "hand t to the network as if T were 1000", fixes=True)
@@ -315,7 +338,22 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the list of all flags."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        _fail(f"{message} (--help lists all flags)", code=2)
+
+
+def _fail(message: str, code: int) -> None:
+    """Print one line on stderr and end the process.
+
+    A mistake in the command is made by all ranks alike: rank 0 tells it, and when it ends, the
+    launcher ends the others, who speak only if they are still there.
+    """
+    rank = read_launch(os.environ).rank
+    if rank > 0:
+        time.sleep(2)
+    line = " ".join(message.split())
+    who = f"{os.path.basename(sys.argv[0])}: " + (f"rank {rank}: " if rank else "")
+    print(f"{who}error: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def _add_flag(group: Any, f: Any, default: Any) -> None:
@@ -326,12 +364,43 @@ def _add_flag(group: Any, f: Any, default: Any) -> None:
     )
 
 
-def _check(parser: argparse.ArgumentParser, f: Any, value: Any) -> None:
+def find_mistake(f: Any, value: Any) -> str | None:
+    """Say what is wrong with the value of one flag, or return None.
+
+    Args:
+        f: the field that declares the flag.
+        value: of the flag's type.
+    """
     if f.metadata["required"] and value == "":
-        parser.error(f"--{f.name} is missing: {f.metadata['help']}")
+        return f"--{f.name} is missing: {f.metadata['help']}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"--{f.name} {value} must be a finite number"
     problem = f.metadata["check"] and f.metadata["check"](value)
-    if problem:
-        parser.error(f"--{f.name} {value} {problem}")
+    shown = repr(value) if value == "" or str(value) != str(value).strip() else value
+    return f"--{f.name} {shown} {problem}" if problem else None
+
+
+def find_conflict(flags: dict[str, Any]) -> str | None:
+    """Say which of a script's flags do not go together, or return None.
+
+    Args:
+        flags: name -> value, completed by what stands beside the checkpoints.
+    """
+    get = flags.get
+    for fp16 in ("use_fp16", "classifier_use_fp16"):
+        if get("use_bf16") and get(fp16):
+            return f"--use_bf16 True and --{fp16} True exclude each other: give one of them"
+    if get("label_dropout") and not get("class_cond"):
+        return f"--label_dropout {get('label_dropout')} needs labels: give --class_cond True too"
+    if get("classifier_scale") and get("classifier_path") == "":
+        return "--classifier_path is missing: give it, or --classifier_scale 0 to do without"
+    if get("classes"):
+        if not get("class_cond") and "classifier_path" not in flags:
+            return f"--classes {get('classes')} needs a model with --class_cond True: leave it out"
+        if max(map(int, get("classes").split(","))) >= get("num_classes"):
+            known = f"the model knows the classes 0 to {get('num_classes') - 1}"
+            return f"--classes {get('classes')} is out of range: {known}"
+    return None
 
 
 def parse_flags(
@@ -340,7 +409,7 @@ def parse_flags(
     argv: Iterable[str] | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> argparse.Namespace:
-    """Read a command line into a namespace of flag values.
+    """Read a command line into a namespace of flag values; a mistake ends the process.
 
     Args:
         description: printed above the flags.
@@ -359,9 +428,11 @@ def parse_flags(
             _add_flag(section, f, values[f.name])
     given = vars(parser.parse_args(None if argv is None else list(argv)))
     values |= given
-    for group in groups:
-        for f in fields(group):
-            _check(parser, f, values[f.name])
+    mistakes = [find_mistake(f, values[f.name]) for group in groups for f in fields(group)]
+    if "model_path" not in values:  # else a file will complete the flags
+        mistakes.append(find_conflict(values))
+    for mistake in filter(None, mistakes):
+        parser.error(mistake)
     return argparse.Namespace(**values, given=set(given))
 
 
@@ -375,8 +446,6 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("GUIDED_DIFFUSION_TRACEBACK"):
             raise
-        line = " ".join(str(error).split())
-        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        _fail(str(error), code=1)
     except KeyboardInterrupt:
         sys.exit(130)

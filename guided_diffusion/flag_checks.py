@@ -47,7 +47,9 @@ def list_of(kind: type, example: str) -> Check:
 
     def check(value: str) -> str | None:
         try:
-            good = all(0 < kind(item) < float("inf") for item in value.split(",")) if value else True
+            good = (
+                all(0 < kind(item) < float("inf") for item in value.split(",")) if value else True
+            )
         except ValueError:
             good = False
         return None if good else f"must be positive numbers with commas between, such as {example}"
@@ -99,10 +101,9 @@ def npz_file(value: str) -> str | None:
 
 
 def _file(value: str, remedy: str) -> str | None:
-    path = os.path.expanduser(value)
-    if not value or is_remote(value) or os.path.isfile(path):
+    if not value or is_remote(value) or os.path.isfile(value):
         return None
-    return f"{'is a folder' if os.path.isdir(path) else 'does not exist'}: {remedy}"
+    return f"{'is a folder' if os.path.isdir(value) else 'does not exist'}: {remedy}"
 
 
 def image_folder(value: str) -> str | None:

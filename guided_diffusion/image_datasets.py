@@ -54,7 +54,7 @@ def load_data(
     nor randomly cropped; then the last batch may be short, and one rank may get a batch more than
     another. `in_channels` 3 decodes colour, 1 grey. More classes than `num_classes`, if given,
     are an error. `num_workers` processes decode beside the caller; 0 decodes in the caller.
-    `report` is called, on every rank, with one line about the images found.
+    `report` is called with one line about the images found, on every rank.
 
     Raises:
         ValueError: The folder is missing, or holds no images or too few, or its classes do not
@@ -64,6 +64,7 @@ def load_data(
         raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
     paths = find_images(data_dir)
     num_shards = dist_util.get_world_size()
+    shuffle = not (deterministic or once)
     if not once:
         _check_fills_batch(data_dir, len(paths), batch_size, num_shards)
     if report is not None:
@@ -78,7 +79,6 @@ def load_data(
         random_flip=random_flip and not once,
         in_channels=in_channels,
     )
-    shuffle = not (deterministic or once)
     return _iterate(_make_loader(dataset, batch_size, shuffle, once, num_workers), once)
 
 

@@ -11,7 +11,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,8 @@ class Logger:
         self.outputs = list(outputs)
         self.comm = comm
         self.level = INFO
+        self.made: list[Path] = []  # the files and folders that were not there before
+        self.num_dumps = 0
         self.values: dict[str, Any] = {}
         self.counts: dict[str, int] = {}  # of the keys whose value is a sum, to be averaged
 
@@ -189,6 +191,7 @@ class Logger:
         """Write the pairs to every output, forget them, and return them."""
         kvs = self.getkvs() if self.comm is None else self._average_over_ranks()
         self.values, self.counts = {}, {}
+        self.num_dumps += 1
         if kvs and self.level < DISABLED:
             for output in self.outputs:
                 output.write_kvs(kvs)
@@ -218,6 +221,15 @@ class Logger:
         """Close every output."""
         for output in self.outputs:
             output.close()
+
+    def forget(self) -> None:
+        """Close, and take away what was made, unless something was dumped or saved meanwhile."""
+        self.close()
+        if self.num_dumps or not set(Path(self.dir).iterdir()) <= set(self.made):
+            return
+        for path in self.made:
+            with suppress(OSError):  # a folder that others write into stays
+                path.rmdir() if path.is_dir() else path.unlink()
 
 
 def _hold(value: Any) -> Any:
@@ -279,19 +291,25 @@ def _make_logger(
     unknown = sorted(set(names) - set(FORMATS))
     if unknown:
         raise ValueError(f"log formats {unknown} must be among {sorted(FORMATS)}")
-    dir = dir or os.environ.get("OPENAI_LOGDIR") or dist_util.share("log_dir", _make_dated_folder)
+    dir = dir or os.environ.get("OPENAI_LOGDIR")
+    dated = not dir
+    dir = dir or dist_util.share("log_dir", _make_dated_folder)
     folder = Path(os.path.abspath(os.path.expanduser(dir)))
+    folders = [path for path in (folder, *folder.parents) if dated or not path.exists()]
     suffix = log_suffix + (f"-rank{rank:03d}" if rank > 0 else "")
     try:
         if "://" in str(dir):
             raise OSError("not a local path")
         folder.mkdir(parents=True, exist_ok=True)
+        before = set(folder.iterdir())
         outputs = [FORMATS[name](folder, suffix) for name in names]
     except OSError as error:
         raise ValueError(
             f"--log_dir {str(dir)!r} is not a folder to write into ({error.strerror or error})"
         ) from error
-    return Logger(str(folder), outputs, comm)
+    new = Logger(str(folder), outputs, comm)
+    new.made = [*(set(folder.iterdir()) - before), *folders[: 2 if dated else None]]
+    return new
 
 
 def _default_formats(rank: int) -> list[str]:
@@ -343,9 +361,20 @@ def scoped_configure(
         _current = before
 
 
-def session(dir: str | os.PathLike | None = None) -> Any:
-    """Return `scoped_configure(dir)`, the block that a script runs in."""
-    return scoped_configure(dir)
+@contextmanager
+def session(dir: str | os.PathLike | None = None) -> Iterator[None]:
+    """Log into a folder within the block that a script runs in.
+
+    A ValueError, the mistake of a user, that comes before anything but lines of text was written
+    leaves no new log files and no new folder behind.
+    """
+    with scoped_configure(dir):
+        logger = _current
+        try:
+            yield
+        except ValueError:
+            logger.forget()
+            raise
 
 
 def get_current() -> Logger:

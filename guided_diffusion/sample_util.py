@@ -15,16 +15,15 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import checkpoints, config, dist_util, logger, script_util
+from . import checkpoints, config, dist_util, logger, script_util, trained_flags
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import CondFn, classifier_guidance
 
 NOISE, LABEL = 0, 1  # what a stream of random numbers is for
 
-KINDS = {  # what a checkpoint may be -> its flags, its constructor
-    "diffusion model": (config.DIFFUSION_GROUPS, script_util.create_model_and_diffusion),
-    "upsampler": (config.SUPER_RES_GROUPS, script_util.sr_create_model_and_diffusion),
-    "classifier": (config.CLASSIFIER_GROUPS, script_util.create_classifier_and_diffusion),
+CREATE = {  # what a checkpoint may be (see trained_flags.KINDS) -> what builds it
+    "diffusion model": script_util.create_model_and_diffusion,
+    "upsampler": script_util.sr_create_model_and_diffusion,
 }
 
 
@@ -34,72 +33,46 @@ KINDS = {  # what a checkpoint may be -> its flags, its constructor
 
 def load_model_and_diffusion(
     args: argparse.Namespace, kind: str = "diffusion model"
-) -> tuple[argparse.Namespace, nn.Module, GaussianDiffusion]:
-    """Load --model_path with the flags that stand beside it.
+) -> tuple[nn.Module, GaussianDiffusion]:
+    """Load --model_path.
 
     Args:
-        args: the command line; its explicit flags win where they may differ.
-        kind: which of KINDS is wanted.
+        args: the command line, completed by `trained_flags.complete(args, kind)`.
+        kind: a key of CREATE.
 
     Returns:
-        `args` completed, the network in eval mode on its device, and the process.
+        the network in eval mode on its device, and the process.
 
     Raises:
-        ValueError: if a file is missing or of another kind, or a flag contradicts it.
+        ValueError: if flags do not go together, or the file does not fit them.
     """
-    args = _adopt(args, args.model_path, "model_path", kind)
-    groups, create = KINDS[kind]
-    model, diffusion = create(**script_util.args_to_dict(args, config.defaults(*groups)))
-    return args, _ready(model, args.model_path, args.use_fp16), diffusion
+    flags = script_util.args_to_dict(args, config.defaults(*trained_flags.KINDS[kind]))
+    model, diffusion = CREATE[kind](**flags)
+    return _ready(model, args.model_path, args.use_fp16), diffusion
 
 
 def load_guidance(args: argparse.Namespace) -> CondFn | None:
     """Load --classifier_path as a guidance function; None if --classifier_scale is 0.
 
+    Args:
+        args: the command line, completed by `trained_flags.complete`.
+
     Raises:
-        ValueError: as `load_model_and_diffusion`, and if the classifier was trained on other
-            images, classes or noise than the model of `args`.
+        ValueError: if flags do not go together, or the file does not fit them.
     """
     if args.classifier_scale == 0:
         return None
-    path = args.classifier_path
-    saved = _adopt(args, path, "classifier_path", "classifier", check=False)
-    same = ["image_size", "in_channels", "num_classes", "diffusion_steps", "noise_schedule"]
-    for name in [*same, "rescale_timesteps"]:
-        mine, theirs = getattr(args, name), getattr(saved, name)
-        if mine != theirs:
-            raise ValueError(
-                f"--classifier_path {path} was trained with --{name} {theirs}, but the model of "
-                f"--model_path {args.model_path} has --{name} {mine}: they do not go together"
-            )
-    flags = script_util.args_to_dict(saved, script_util.classifier_defaults())
+    flags = script_util.args_to_dict(args, script_util.classifier_defaults())
     classifier = script_util.create_classifier(**flags)
-    classifier = _ready(classifier, path, saved.classifier_use_fp16)
+    classifier = _ready(classifier, args.classifier_path, args.classifier_use_fp16)
     return classifier_guidance(classifier, args.classifier_scale)
-
-
-def _adopt(
-    args: argparse.Namespace, path: str, flag: str, kind: str, check: bool = True
-) -> argparse.Namespace:
-    """Complete the command line with the flags beside checkpoint `path`, which must be a `kind`."""
-    if not checkpoints.exists(path):
-        raise ValueError(f"--{flag} {path}: there is no such file")
-    saved = checkpoints.load_flags(path)
-    if saved and checkpoints.kind_of(saved) != kind:
-        raise ValueError(f"--{flag} {path} holds a {checkpoints.kind_of(saved)}, not a {kind}")
-    if not check:  # the model's flags do not bind the classifier's file: they are compared later
-        own = config.defaults(config.ClassifierConfig)
-        shared = {name: value for name, value in saved.items() if name not in own}
-        args = argparse.Namespace(**vars(args) | shared)
-    return config.adopt_flags(args, saved, path, *KINDS[kind][0])
 
 
 def _ready(model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
     """Load the weights of `path`, and bring the network to its device, dtype and eval mode."""
     beside = checkpoints.flags_path(path)
-    hint = (
-        "" if checkpoints.exists(beside) else f" (no {beside}: give the flags it was trained with)"
-    )
+    has_flags = checkpoints.exists(beside)
+    hint = "" if has_flags else f" (no {beside}: give the flags it was trained with)"
     checkpoints.load_weights(model, path, hint)
     model.to(dist_util.dev())
     if use_fp16:
@@ -185,20 +158,12 @@ def start_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
 
 
 def choose_labels(args: argparse.Namespace, seed: int) -> np.ndarray:
-    """Return the label of each of --num_samples images, int64 [N]: random, or --classes in turn.
-
-    Raises:
-        ValueError: if a class is out of range.
-    """
+    """Return the label of each of --num_samples images, int64 [N]: random, or --classes in turn."""
     if not args.classes:
         indices = range(args.num_samples)
         draws = [stream(seed, i, LABEL).integers(args.num_classes) for i in indices]
         return np.array(draws, dtype=np.int64)
     chosen = np.array([int(item) for item in args.classes.split(",")], dtype=np.int64)
-    if chosen.max() >= args.num_classes:
-        raise ValueError(
-            f"--classes {args.classes}: the model knows the classes 0 to {args.num_classes - 1}"
-        )
     return np.resize(chosen, args.num_samples)
 
 
@@ -382,7 +347,9 @@ def write_arrays(path: str, *arrays: np.ndarray) -> None:
 def class_names(model_path: str) -> list[str] | None:
     """Return the lines of classes.txt beside a checkpoint, or None if there is no such file."""
     path = checkpoints.join(os.path.dirname(model_path), "classes.txt")
-    return checkpoints.read_file(path).decode().splitlines() if checkpoints.exists(path) else None
+    if not checkpoints.exists(path):
+        return None
+    return checkpoints.read_file(path).decode(errors="replace").splitlines()
 
 
 def save_grid(
@@ -408,6 +375,7 @@ def save_grid(
         sheet.paste(picture.convert("RGB"), (x, y + text))
         if labels is not None:
             label = int(labels[i])
-            draw.text((x, y), names[label] if names else str(label), fill="black")
+            known = names is not None and label < len(names)
+            draw.text((x, y), names[label] if known else str(label), fill="black")
     checkpoints.write_file(path, lambda file: sheet.save(file, format="PNG"))
     logger.log(f"saved {os.path.abspath(path)}")

@@ -1,6 +1,6 @@
 """Draw images from a diffusion model, guided by a classifier, into an npz file and a PNG grid."""
 
-from guided_diffusion import config
+from guided_diffusion import config, trained_flags
 
 
 def main(argv=None):
@@ -11,18 +11,20 @@ def main(argv=None):
         config.LoadConfig,
         config.BatchConfig,
         config.SampleConfig,
+        config.LabelConfig,
         config.GuidanceConfig,
         *config.DIFFUSION_GROUPS,
         config.ClassifierConfig,
         argv=argv,
         overrides={"batch_size": 16},
     )
+    args = trained_flags.complete(args)
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion import sample_util as su
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
-        args, model, diffusion = su.load_model_and_diffusion(args)
+        model, diffusion = su.load_model_and_diffusion(args)
         cond_fn = su.load_guidance(args)
         seed = su.choose_seed(args.seed)
         labels = su.choose_labels(args, seed)

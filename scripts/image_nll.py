@@ -1,6 +1,6 @@
 """Score images by the variational bound on their bits per dimension."""
 
-from guided_diffusion import config
+from guided_diffusion import config, trained_flags
 
 
 def main(argv=None):
@@ -15,13 +15,14 @@ def main(argv=None):
         argv=argv,
         overrides={"num_samples": 1000},
     )
+    args = trained_flags.complete(args)
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion import sample_util as su
     from guided_diffusion.image_datasets import load_data
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
-        args, model, diffusion = su.load_model_and_diffusion(args)
+        model, diffusion = su.load_model_and_diffusion(args)
         data = load_data(
             data_dir=args.data_dir,
             batch_size=args.batch_size,

@@ -1,6 +1,6 @@
 """Draw images from a diffusion model into an npz file and a PNG grid."""
 
-from guided_diffusion import config
+from guided_diffusion import config, trained_flags
 
 
 def main(argv=None):
@@ -11,16 +11,18 @@ def main(argv=None):
         config.LoadConfig,
         config.BatchConfig,
         config.SampleConfig,
+        config.LabelConfig,
         *config.DIFFUSION_GROUPS,
         argv=argv,
         overrides={"batch_size": 16},
     )
+    args = trained_flags.complete(args)
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion import sample_util as su
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
-        args, model, diffusion = su.load_model_and_diffusion(args)
+        model, diffusion = su.load_model_and_diffusion(args)
         seed = su.choose_seed(args.seed)
         labels = su.choose_labels(args, seed) if args.class_cond else None
         images = su.draw_samples(

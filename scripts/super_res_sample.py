@@ -1,6 +1,6 @@
 """Upsample the images of an npz file into a larger npz file and a PNG grid."""
 
-from guided_diffusion import config
+from guided_diffusion import config, trained_flags
 
 
 def main(argv=None):
@@ -16,14 +16,15 @@ def main(argv=None):
         argv=argv,
         overrides={"batch_size": 16},
     )
+    args = trained_flags.complete(args, "upsampler")
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion import sample_util as su
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
-        args, model, diffusion = su.load_model_and_diffusion(args, "upsampler")
-        seed = su.choose_seed(args.seed)
         base = su.BaseSamples(args)
+        model, diffusion = su.load_model_and_diffusion(args, "upsampler")
+        seed = su.choose_seed(args.seed)
         images = su.draw_samples(
             args,
             model,

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "guided_diffusion"
 # A file imports only files that stand before it, also within its functions.
 ORDER = (
     "nn losses schedules launchers dist_util logger fp16_util blocks unet image_datasets resample "
-    "tables sampling gaussian_diffusion respace guidance checkpoints config script_util "
-    "train_util sample_util"
+    "tables sampling gaussian_diffusion respace guidance flag_checks checkpoints config "
+    "trained_flags script_util train_util sample_util"
 ).split()
 
 
