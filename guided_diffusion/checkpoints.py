@@ -144,24 +144,27 @@ def load_weights(model: nn.Module, path: str, hint: str = "") -> None:
     Args:
         model: the network, its parameters on any device.
         path: a state dict, as `save` or the published code wrote it.
-        hint: what to do about weights that do not fit.
+        hint: what to do about weights of another network.
 
     Raises:
         ValueError: if the file cannot be read or its tensors do not fit the network.
     """
+    import torch
+
     weights = dist_util.load_state_dict(path, map_location="cpu")
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(
+            f"{path} holds no weights: give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt, not the "
+            "optimizer's or another file"
+        )
     problem = _mismatch(model.state_dict(), weights)
     if problem:
         raise ValueError(f"{path} does not fit the network of these flags: {problem}{hint}")
     model.load_state_dict(weights)
 
 
-def _mismatch(expected: dict[str, Any], found: Any) -> str | None:
+def _mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
     """Describe the first difference between two state dicts, or return None."""
-    import torch
-
-    if not isinstance(found, dict) or not all(torch.is_tensor(v) for v in found.values()):
-        return "it holds no weights (a modelNNNNNN.pt or ema_RATE_NNNNNN.pt is wanted)"
     for name, tensor in expected.items():
         if name not in found:
             return f"it has no {name}"

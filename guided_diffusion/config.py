@@ -33,7 +33,7 @@ from .flag_checks import (
     output_folder,
     respacing,
 )
-from .launchers import read_launch
+from .launchers import first_line, read_launch
 
 
 def flag(
@@ -357,7 +357,8 @@ def _fail(message: str, code: int) -> None:
 
 
 def _add_flag(group: Any, f: Any, default: Any) -> None:
-    shown = f"{f.metadata['help']} [{default!r}]".replace("%", "%%")
+    value = f" [{default}]" if default != "" else ""
+    shown = f"{f.metadata['help']}{value}".replace("%", "%%")
     kind = str2bool if f.type is bool else f.type
     group.add_argument(
         f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__, help=shown
@@ -423,7 +424,7 @@ def parse_flags(
     parser = _Parser(description=description, allow_abbrev=False)
     values = defaults(*groups) | (overrides or {})
     for group in groups:
-        section = parser.add_argument_group(group.__doc__)
+        section = parser.add_argument_group(group.__doc__.rstrip("."))
         for f in fields(group):
             _add_flag(section, f, values[f.name])
     given = vars(parser.parse_args(None if argv is None else list(argv)))
@@ -447,5 +448,10 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("GUIDED_DIFFUSION_TRACEBACK"):
             raise
         _fail(str(error), code=1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
+            raise
+        remedy = "use a smaller --batch_size or, in training, --microbatch or --use_checkpoint True"
+        _fail(f"out of memory ({first_line(error)}): {remedy}", code=1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -164,7 +164,8 @@ class Logger:
         self.outputs = list(outputs)
         self.comm = comm
         self.level = INFO
-        self.made: list[Path] = []  # the files and folders that were not there before
+        self.found: set[Path] = set()  # what was in the folder before
+        self.made: list[Path] = []  # the files of the outputs, and folders, that were not there
         self.num_dumps = 0
         self.values: dict[str, Any] = {}
         self.counts: dict[str, int] = {}  # of the keys whose value is a sum, to be averaged
@@ -225,7 +226,7 @@ class Logger:
     def forget(self) -> None:
         """Close, and take away what was made, unless something was dumped or saved meanwhile."""
         self.close()
-        if self.num_dumps or not set(Path(self.dir).iterdir()) <= set(self.made):
+        if self.num_dumps or set(Path(self.dir).iterdir()) - self.found - set(self.made):
             return
         for path in self.made:
             with suppress(OSError):  # a folder that others write into stays
@@ -301,14 +302,15 @@ def _make_logger(
         if "://" in str(dir):
             raise OSError("not a local path")
         folder.mkdir(parents=True, exist_ok=True)
-        before = set(folder.iterdir())
+        found = set(folder.iterdir())
         outputs = [FORMATS[name](folder, suffix) for name in names]
     except OSError as error:
         raise ValueError(
             f"--log_dir {str(dir)!r} is not a folder to write into ({error.strerror or error})"
         ) from error
     new = Logger(str(folder), outputs, comm)
-    new.made = [*(set(folder.iterdir()) - before), *folders[: 2 if dated else None]]
+    new.found = found
+    new.made = [*(set(folder.iterdir()) - found), *folders[: 2 if dated else None]]
     return new
 
 

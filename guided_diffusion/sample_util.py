@@ -101,7 +101,7 @@ class BaseSamples:
         if self.images.dtype != np.uint8 or self.images.shape[1:] != size or count == 0:
             raise ValueError(
                 f"--base_samples {path} holds {self.images.dtype} {list(self.images.shape)}; "
-                f"the upsampler takes uint8 {['N', *size]}"
+                f"the upsampler takes uint8 [N, {size[0]}, {size[1]}, {size[2]}]"
             )
         if labels is None and args.class_cond:
             raise ValueError(f"--base_samples {path} has no labels (arr_1), as --class_cond needs")
@@ -158,12 +158,18 @@ def start_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
 
 
 def choose_labels(args: argparse.Namespace, seed: int) -> np.ndarray:
-    """Return the label of each of --num_samples images, int64 [N]: random, or --classes in turn."""
+    """Return the label of each of --num_samples images, int64 [N]: random, or --classes in turn.
+
+    Raises:
+        ValueError: if a class is out of range; the scripts find that earlier.
+    """
     if not args.classes:
         indices = range(args.num_samples)
         draws = [stream(seed, i, LABEL).integers(args.num_classes) for i in indices]
         return np.array(draws, dtype=np.int64)
     chosen = np.array([int(item) for item in args.classes.split(",")], dtype=np.int64)
+    if chosen.max() >= args.num_classes:
+        raise ValueError(f"--classes {args.classes} must lie within 0 to {args.num_classes - 1}")
     return np.resize(chosen, args.num_samples)
 
 

@@ -170,7 +170,6 @@ class TrainLoop:
         return DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             bucket_cap_mb=128,
         )
 

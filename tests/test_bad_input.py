@@ -188,13 +188,17 @@ CASES = [
     ("image_sample", {"num_samples": 0}, "--num_samples 0 at least 1"),
     ("image_sample", {"model_path": "PLACE/model9.pt"}, "--model_path model9.pt exist"),
     ("image_sample", {"model_path": "PLACE/data"}, "--model_path data folder"),
-    ("image_sample", {"model_path": "PLACE/text.pt"}, "text.pt torch.save"),
-    ("image_sample", {"model_path": "PLACE/empty.pt"}, "empty.pt torch.save"),
-    ("image_sample", {"model_path": "PLACE/short.pt"}, "short.pt cut short"),
-    ("image_sample", {"model_path": "PLACE/code.pt"}, "code.pt makedirs code"),
-    ("image_sample", {"model_path": "PLACE/code_in_zip.pt"}, "code_in_zip.pt makedirs code"),
+    ("image_sample", SMALL | {"model_path": "PLACE/text.pt"}, "text.pt torch.save"),
+    ("image_sample", SMALL | {"model_path": "PLACE/empty.pt"}, "empty.pt torch.save"),
+    ("image_sample", SMALL | {"model_path": "PLACE/short.pt"}, "short.pt cut short"),
+    ("image_sample", SMALL | {"model_path": "PLACE/code.pt"}, "code.pt torch.save"),
+    (
+        "image_sample",
+        SMALL | {"model_path": "PLACE/code_in_zip.pt"},
+        "code_in_zip.pt makedirs code",
+    ),
     ("image_sample", {"model_path": "PLACE/d/opt000001.pt"}, "opt000001.pt no weights"),
-    ("image_sample", {"model_path": "PLACE/bare.pt"}, "bare.pt bare.json flags --channel_mult"),
+    ("image_sample", {"model_path": "PLACE/bare.pt"}, "bare.pt not fit bare.json flags"),
     (
         "image_sample",
         SMALL | {"model_path": "PLACE/bare.pt", "num_channels": 64},
@@ -242,15 +246,13 @@ def name_case(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_a_mistake_ends_in_one_line(case, place, monkeypatch):
-    """A wrong flag is named, with its value and a remedy, in one line; no file or folder is left."""
+    """A wrong flag is named, with its value and a remedy, in one line; no file is left behind."""
     script, wrong, words = case
     monkeypatch.chdir(place)
     wrong = {
         k: v.replace("PLACE", str(place)) if isinstance(v, str) else v for k, v in wrong.items()
     }
     flags = command(script, place) | {"log_dir": place / "new" / "run"} | wrong
-    if wrong.get("model_path", "").endswith("bare.pt"):
-        wrong.pop("model_path")
     before = files_below(place)
     done = run_script(script, flags)
     check_refusal(done, *words.split())
@@ -298,3 +300,32 @@ def test_mistakes_come_before_torch(place, tmp_path):
         assert done.stdout.split()[0] == "False" and done.stdout.split()[1] != "0"
         assert done.stderr.startswith("image_sample.py: error: --") and done.stderr.count("\n") == 1
     assert not files_below(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["image_sample", "image_train"])
+def test_a_dated_folder_goes_too(script, place, tmp_path, monkeypatch):
+    """Without --log_dir a mistake leaves no logs/DATE; in an old folder it adds no file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    wrong = command(script, place) | {"resume_checkpoint": place / "text.pt"}
+    if script == "image_sample":
+        wrong = command(script, place) | {"timestep_respacing": "21"}
+    assert run_script(script, wrong).code == 1
+    assert not files_below(tmp_path)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "log.txt").write_text("of before\n")
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "old"))
+    assert run_script(script, wrong).code == 1
+    assert files_below(tmp_path) == {"old", "old/log.txt"}
+    assert (tmp_path / "old" / "log.txt").read_text().startswith("of before\n")
+
+
+def test_a_mistake_that_shows_late_keeps_the_log(place, tmp_path):
+    """Once a line of numbers is written, the log stays and tells the story."""
+    shutil.copytree(place / "data", tmp_path / "data")
+    (tmp_path / "data" / "0_0.png").write_bytes(b"no image")
+    flags = command("image_train", place) | {"max_steps": 50, "log_interval": 1, "batch_size": 1}
+    flags |= {"data_dir": tmp_path / "data", "log_dir": tmp_path / "run", "seed": 1}
+    check_refusal(run_script("image_train", flags), "--data_dir", "0_0.png")
+    assert (tmp_path / "run" / "progress.csv").read_text().count("\n") > 1
+    assert "training" in (tmp_path / "run" / "log.txt").read_text()

@@ -1,0 +1,252 @@
+"""Laws of guided_diffusion/config.py and flag_checks.py: every flag, declared once."""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scripting import SCRIPTS, load_script
+
+from guided_diffusion import config, flag_checks
+
+FLAGS = json.loads((Path(__file__).parent / "reference" / "flags.json").read_text())
+TYPES = {"str2bool": bool, "int": int, "float": float, "str": str}
+GIVEN = [(script, flag) for script in FLAGS for flag in FLAGS[script]]
+
+
+class Captured(Exception):
+    """Carries what a script hands to parse_flags."""
+
+
+@pytest.fixture
+def declared(monkeypatch):
+    """Return a function: script name -> (groups, overrides) that it hands to parse_flags."""
+
+    def capture(description, *groups, argv=None, overrides=None):
+        raise Captured(description, groups, overrides or {})
+
+    def ask(script):
+        with monkeypatch.context() as patch:
+            patch.setattr(config, "parse_flags", capture)
+            with pytest.raises(Captured) as caught:
+                load_script(script).main([])
+        return caught.value.args[1:]
+
+    return ask
+
+
+def lenient(groups):
+    """Return copies of the groups in which nothing is required or checked."""
+    return [
+        dataclasses.make_dataclass(
+            group.__name__,
+            [(f.name, f.type, config.flag(f.default, f.metadata["help"])) for f in fields],
+            namespace={"__doc__": group.__doc__},
+        )
+        for group in groups
+        for fields in [dataclasses.fields(group)]
+    ]
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_published_flags_have_their_defaults_and_types(script, declared):
+    """Each script takes every published flag, of the published type and with its default."""
+    groups, overrides = declared(script.removesuffix(".py"))
+    args = config.parse_flags("", *lenient(groups), argv=[], overrides=overrides)
+    for flag, published in FLAGS[script].items():
+        value = getattr(args, flag[2:])
+        assert value == published["default"], flag
+        assert type(value) is TYPES[published["type"]], flag
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_published_flags_are_read_from_the_command_line(script, declared):
+    """Each published flag, given with another value, has that value."""
+    groups, overrides = declared(script.removesuffix(".py"))
+    other = {bool: "True", int: "3", float: "0.25", str: "x"}
+    argv = []
+    for flag, published in FLAGS[script].items():
+        kind = TYPES[published["type"]]
+        argv += [flag, str(not published["default"]) if kind is bool else other[kind]]
+    args = config.parse_flags("", *lenient(groups), argv=argv, overrides=overrides)
+    for flag, text in zip(argv[::2], argv[1::2], strict=True):
+        assert str(getattr(args, flag[2:])) == text
+    assert args.given == {flag[2:] for flag in FLAGS[script]}
+
+
+def test_there_are_seven_scripts():
+    """Every published script is here."""
+    assert {f"{name}.py" for name in SCRIPTS} >= set(FLAGS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_imports_no_torch_and_explains_each_flag(script, declared, tmp_path):
+    """--help needs neither torch nor numpy, and shows each flag with its help in a group."""
+    program = (
+        "import sys, runpy\nsys.argv = sys.argv[1:]\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    print('LOADED', end.code, *sys.modules)\n"
+    )
+    command = [sys.executable, "-c", program, str(SCRIPTS[script]), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    shown, loaded = done.stdout.split("LOADED")
+    assert loaded.split()[0] == "0" and not {"torch", "numpy", "PIL"} & set(loaded.split())
+    words = " ".join(shown.split())
+    for group in declared(script)[0]:
+        assert group.__doc__.rstrip(".") + ":" in words
+        for f in dataclasses.fields(group):
+            assert f"--{f.name} " in words
+            assert f.metadata["help"] in words, f.name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_declares_a_flag_twice(script, declared):
+    """The groups of a script share no flag, and its overrides name flags that it has."""
+    groups, overrides = declared(script)
+    names = [f.name for group in groups for f in dataclasses.fields(group)]
+    assert len(names) == len(set(names))
+    assert overrides.keys() <= set(names)
+
+
+@pytest.mark.parametrize("f", config.all_fields(), ids=lambda f: f.name)
+def test_each_default_passes_its_own_check(f):
+    """A default has the type of its flag, and only a required one is a mistake."""
+    assert type(f.default) is f.type
+    assert f.metadata["help"]
+    mistake = config.find_mistake(f, f.default)
+    assert bool(mistake) == f.metadata["required"], mistake
+
+
+@pytest.mark.parametrize("text", ["yes", "True", "t", "Y", "1"])
+def test_true_has_five_spellings(text):
+    """Case does not matter."""
+    assert config.str2bool(text) is True and config.str2bool(True) is True
+
+
+@pytest.mark.parametrize("text", ["no", "False", "f", "N", "0"])
+def test_false_has_five_spellings(text):
+    """Case does not matter."""
+    assert config.str2bool(text) is False and config.str2bool(False) is False
+
+
+def test_other_spellings_are_an_argparse_error():
+    """A published program catches argparse.ArgumentTypeError."""
+    with pytest.raises(argparse.ArgumentTypeError, match="maybe"):
+        config.str2bool("maybe")
+
+
+def test_flags_are_never_abbreviated():
+    """--num_sam is no flag: a new flag would make it ambiguous."""
+    with pytest.raises(SystemExit):
+        config.parse_flags("", config.BatchConfig, argv=["--batch", "3"])
+
+
+@pytest.mark.parametrize(
+    "check, good, bad",
+    [
+        (flag_checks.at_least(1), [1, 2], [0, -1, float("nan")]),
+        (flag_checks.above(0), [0.1], [0, -1, float("nan")]),
+        (flag_checks.between(-1, 3), [-1, 3], [-2, 4]),
+        (flag_checks.fraction, [0, 0.5], [1, -0.1, float("nan")]),
+        (flag_checks.one_of("a", "b"), ["a"], ["c", ""]),
+        (flag_checks.count_or_unset, [-1, 1], [0, -2]),
+        (flag_checks.list_of(int, "1,2"), ["", "16,8", "16, 8"], ["16,", "0", "-1", "1.5", "a"]),
+        (flag_checks.list_of(float, "1,2"), ["0.5,1"], ["nan", "inf", ",", "0.5;1"]),
+        (flag_checks.ema_rates, ["0.9", "0.9,0.99"], ["", "1.1", "-0.1", "nan", "a", "0.9,"]),
+        (flag_checks.class_list, ["", "0", "207,360", "1, 2"], ["-1", "1.5", "a", "1,", "²"]),
+        (flag_checks.respacing, ["", "250", "10,20", "ddim25"], ["ddim", "fast", "-5", "1.5"]),
+        (flag_checks.device_name, ["", "cpu", "cuda", "cuda:3", "mps"], ["gpu", "cuda:", "cpu:0"]),
+    ],
+)
+def test_checks_accept_the_good_and_explain_the_bad(check, good, bad):
+    """A check returns None, or a phrase that says what a good value is."""
+    assert [check(value) for value in good] == [None] * len(good)
+    assert all(isinstance(check(value), str) for value in bad), bad
+
+
+def test_paths_are_checked(tmp_path):
+    """Input files and folders must exist, and the output folder must be possible."""
+    file = tmp_path / "file"
+    file.touch()
+    missing, folder = str(tmp_path / "missing"), str(tmp_path)
+    for check in (flag_checks.checkpoint_file, flag_checks.npz_file):
+        assert check("") is check(str(file)) is check("gs://bucket/file") is None
+        assert "folder" in check(folder) and "exist" in check(missing)
+    assert flag_checks.image_folder(folder) is flag_checks.image_folder("gs://x/y") is None
+    assert "file" in flag_checks.image_folder(str(file))
+    assert "exist" in flag_checks.image_folder(missing)
+    assert flag_checks.output_folder("") is flag_checks.output_folder(missing + "/a/b") is None
+    assert "file" in flag_checks.output_folder(str(file))
+    assert "file" in flag_checks.output_folder(f"{file}/below")
+    assert "local" in flag_checks.output_folder("gs://bucket/logs")
+
+
+def test_the_error_of_another_rank_says_which(monkeypatch, capsys):
+    """Rank 0 tells a mistake; another rank waits to be ended, and names itself if it is not."""
+    for name, value in {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    waited = []
+    monkeypatch.setattr(config.time, "sleep", waited.append)
+    with pytest.raises(SystemExit):
+        config.parse_flags("", config.BatchConfig, argv=["--batch_size", "0"])
+    assert waited and "rank 1: error: --batch_size 0" in capsys.readouterr().err
+
+
+def test_run_shows_the_traceback_on_request(monkeypatch):
+    """GUIDED_DIFFUSION_TRACEBACK lets the error through."""
+
+    def main():
+        raise ValueError("two\nlines")
+
+    monkeypatch.setenv("GUIDED_DIFFUSION_TRACEBACK", "1")
+    with pytest.raises(ValueError):
+        config.run(main)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("64 GiB\nmore"), RuntimeError("can't allocate memory: 9 bytes")],
+)
+def test_run_says_what_to_do_without_memory(error, capsys):
+    """Too large a batch ends in one line that names the flags to change."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        config.run(main)
+    told = capsys.readouterr().err
+    assert end.value.code == 1 and told.count("\n") == 1
+    assert all(word in told for word in ("out of memory", "--batch_size", "--microbatch"))
+
+
+def test_run_lets_other_errors_through():
+    """A bug shows its traceback."""
+
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        config.run(main)
+
+
+def test_run_joins_the_lines_of_an_error(monkeypatch, capsys):
+    """Whatever an error says, it is one line on stderr."""
+
+    def main():
+        raise ValueError("two\nlines")
+
+    monkeypatch.delenv("GUIDED_DIFFUSION_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as end:
+        config.run(main)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.endswith("error: two lines\n")
