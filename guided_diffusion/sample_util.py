@@ -19,7 +19,7 @@ from . import checkpoints, config, dist_util, logger, script_util, trained_flags
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import CondFn, classifier_guidance
 
-NOISE, LABEL = 0, 1  # what a stream of random numbers is for
+NOISE, LABEL, CHAIN = 0, 1, 2  # what a stream of random numbers is for
 
 CREATE = {  # what a checkpoint may be (see trained_flags.KINDS) -> what builds it
     "diffusion model": script_util.create_model_and_diffusion,
@@ -157,6 +157,11 @@ def start_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.stack(draws))
 
 
+def seed_chain(seed: int, start: int) -> None:
+    """Seed the noise within the chain of the batch that begins at index `start`."""
+    torch.manual_seed(int(stream(seed, start, CHAIN).integers(2**63)))
+
+
 def choose_labels(args: argparse.Namespace, seed: int) -> np.ndarray:
     """Return the label of each of --num_samples images, int64 [N]: random, or --classes in turn.
 
@@ -218,7 +223,7 @@ def draw_samples(
     mine = []
     with _progress(args.num_samples, "sampling") as bar:
         for indices in _my_batches(args.num_samples, args.batch_size):
-            torch.manual_seed(seed + indices.start)  # of the noise within the chain
+            seed_chain(seed, indices.start)
             chain = getattr(diffusion, f"{loop}_progressive")(
                 network,
                 (len(indices), *shape),

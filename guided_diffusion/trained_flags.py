@@ -46,6 +46,26 @@ def complete(args: argparse.Namespace, kind: str = "diffusion model") -> argpars
     return args
 
 
+def resume(args: argparse.Namespace, kind: str = "diffusion model") -> argparse.Namespace:
+    """Fill in the flags that --resume_checkpoint, if given, was trained with.
+
+    Args:
+        args: the command line of a script that trains, from `config.parse_flags`.
+        kind: which of KINDS the script trains.
+
+    Raises:
+        ValueError: as `complete`.
+    """
+    path = args.resume_checkpoint
+    if not path:
+        return args
+    args = adopt_flags(args, _read(path, "resume_checkpoint", kind), path, *KINDS[kind])
+    conflict = config.find_conflict(vars(args))
+    if conflict:
+        raise ValueError(conflict)
+    return args
+
+
 def _adopt_classifier(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in the classifier's own flags, and check that it fits the model."""
     path = args.classifier_path

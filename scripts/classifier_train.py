@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from guided_diffusion import config
+from guided_diffusion import config, trained_flags
 
 
 def main(argv=None):
@@ -19,6 +19,7 @@ def main(argv=None):
         argv=argv,
         overrides={"lr": 3e-4, "batch_size": 4, "random_crop": True},
     )
+    args = trained_flags.resume(args, "classifier")
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion.image_datasets import load_data

@@ -1,6 +1,6 @@
 """Train a diffusion model on a folder of images."""
 
-from guided_diffusion import config
+from guided_diffusion import config, trained_flags
 
 
 def main(argv=None):
@@ -16,6 +16,7 @@ def main(argv=None):
         *config.DIFFUSION_GROUPS,
         argv=argv,
     )
+    args = trained_flags.resume(args)
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion.image_datasets import drop_labels, load_data

@@ -1,6 +1,6 @@
 """Train an upsampler on a folder of images, which it sees shrunk by area."""
 
-from guided_diffusion import config
+from guided_diffusion import config, trained_flags
 
 
 def main(argv=None):
@@ -16,6 +16,7 @@ def main(argv=None):
         *config.SUPER_RES_GROUPS,
         argv=argv,
     )
+    args = trained_flags.resume(args, "upsampler")
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion.image_datasets import add_low_res, drop_labels, load_data

@@ -170,3 +170,16 @@ def test_a_whole_number_may_stand_for_a_real_one(make):
     """JSON writers may drop the .0 of a float; names that no script knows are passed over."""
     model = make("m", "diffusion model", dropout=0, of_the_future=3)
     trained_flags.complete(guided(model, "", classifier_scale=0.0))
+
+
+def test_a_resumed_run_has_the_flags_of_the_first(make):
+    """Flags that are not repeated come from the checkpoint; a contradiction ends the command."""
+    path = make("model000010", "diffusion model", num_channels=64)
+    args = command("diffusion model", resume_checkpoint=path)
+    assert trained_flags.resume(args).num_channels == 64
+    with pytest.raises(ValueError, match="--num_channels 32 contradicts .*model000010"):
+        trained_flags.resume(command("diffusion model", resume_checkpoint=path, num_channels=32))
+    with pytest.raises(ValueError, match="--resume_checkpoint .* holds a diffusion model"):
+        trained_flags.resume(command("classifier", resume_checkpoint=path), "classifier")
+    fresh = command("upsampler", resume_checkpoint="")
+    assert trained_flags.resume(fresh, "upsampler") is fresh
