@@ -2,10 +2,10 @@
 
     python datasets/fashion_mnist.py data/fashion_mnist
     python benchmarks/fashion_classifier.py --out runs/judge.pt
-    python benchmarks/fashion_classifier.py --out runs/judge.pt --score samples_1000x28x28x1.npz
+    python benchmarks/fashion_classifier.py --judge runs/judge.pt --score samples_1000x28x28x1.npz
 
-The second command trains (about 4 minutes on 2 cores) and prints the accuracy on the real test
-images; it is deterministic under a seed. The third prints, for samples with their requested
+The second command trains a judge and writes it to --out (about 4 minutes on 2 cores) and prints the accuracy on the real test
+images; it is deterministic under a seed. The third loads the judge named by --judge and prints, for samples with their requested
 labels, two numbers: how often the judge sees the requested label, and how diverse the samples
 of one label are, where real test images are 1.
 """
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from guided_diffusion.image_datasets import class_numbers, find_images, read_image
 
 NUM_CLASSES = 10
+JUDGE = Path("runs/judge.pt")  # where a judge is written and looked for unless told otherwise
 PIXEL_MEAN, PIXEL_STD = 0.286, 0.353  # of the training images in [0, 1]
 
 
@@ -219,18 +220,21 @@ def save(judge: Judge, path: Path) -> None:
 
 def train_command(args: argparse.Namespace) -> None:
     """Train a judge, save it and print its accuracy on the real test images."""
+    path = args.out or JUDGE
     test = read_folder(os.path.join(args.data_dir, "test"))
     judge = train(
         *read_folder(os.path.join(args.data_dir, "train")), seed=args.seed, num_epochs=args.epochs
     )
-    save(judge, args.out)
+    save(judge, path)
     print(f"accuracy on {len(test[0]):,} real test images: {accuracy(judge, *test):.2%}")
-    print(f"judge: {args.out.resolve()}")
+    print(f"judge: {path.resolve()}")
 
 
 def score_command(args: argparse.Namespace) -> None:
     """Print the agreement and the diversity of a file of labelled samples."""
-    judge = load_judge(args.out)
+    if args.out:
+        raise ValueError(f"--out {args.out} is for training: --score loads the file --judge")
+    judge = load_judge(args.judge)
     images, labels = read_samples(args.score)
     print(f"requested label seen in {accuracy(judge, images, labels):.1%} of {len(images)} samples")
     test = read_folder(os.path.join(args.data_dir, "test"))
@@ -242,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/judge.pt"), help="the judge's file")
+    parser.add_argument("--out", type=Path, help=f"file for the judge to train [{JUDGE}]")
+    parser.add_argument("--judge", type=Path, default=JUDGE, help="file of the judge that scores")
     parser.add_argument(
         "--data_dir", default="data/fashion_mnist", help="folder that holds train/ and test/"
     )

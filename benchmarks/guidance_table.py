@@ -2,7 +2,7 @@
 
     python datasets/fashion_mnist.py data/fashion_mnist
     python benchmarks/fashion_classifier.py --out runs/judge.pt
-    python benchmarks/guidance_table.py --ranks 2
+    python benchmarks/guidance_table.py --judge runs/judge.pt --ranks 2
 
 Draws the same images (same seed: same labels and starting noise) at each scale and prints a
 Markdown table: how often a judge trained on real images sees the requested label, and how far
@@ -47,8 +47,22 @@ def draw(scale: str, args: argparse.Namespace) -> Path:
     return path
 
 
-def main() -> None:
-    """Draw, judge and print."""
+def table(args: argparse.Namespace) -> str:
+    """Draw and judge the samples of each scale; return the Markdown table."""
+    judge, real = fc.load_judge(args.judge), fc.read_folder(args.test_dir)
+    rows = [
+        "| guidance scale | requested label seen | diversity (real = 1) |",
+        "| --- | --- | --- |",
+    ]
+    for scale in args.scales.split(","):
+        samples = fc.read_samples(str(draw(scale, args)))
+        seen = fc.accuracy(judge, *samples)
+        rows.append(f"| {scale} | {seen:.1%} | {fc.diversity(judge, *samples, *real):.3f} |")
+    return "\n".join(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,19 +73,24 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=50, help="samples at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of labels and noise")
     parser.add_argument("--ranks", type=int, default=1, help="processes, started by mpiexec")
-    parser.add_argument("--judge", type=Path, default=Path("runs/judge.pt"), help="the judge")
+    parser.add_argument("--judge", type=Path, default=fc.JUDGE, help="file of the judge")
     parser.add_argument("--test_dir", default="data/fashion_mnist/test", help="real test images")
     parser.add_argument("--out", type=Path, default=Path("runs/guidance"), help="output folder")
-    args = parser.parse_args()
-    judge, real = fc.load_judge(args.judge), fc.read_folder(args.test_dir)
-    rows = []
-    for scale in args.scales.split(","):
-        samples = fc.read_samples(str(draw(scale, args)))
-        seen = fc.accuracy(judge, *samples)
-        rows.append(f"| {scale} | {seen:.1%} | {fc.diversity(judge, *samples, *real):.3f} |")
-    print("| guidance scale | requested label seen | diversity (real = 1) |\n| --- | --- | --- |")
-    print("\n".join(rows))
+    args = parser.parse_args(argv)
+    try:
+        print(table(args))
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    except subprocess.CalledProcessError as error:
+        return fail(f"classifier_sample.py ended with exit code {error.returncode}, as told above")
+    return 0
+
+
+def fail(message: str) -> int:
+    """Print one line on stderr; return the exit code of a mistake."""
+    print(f"guidance_table.py: error: {message}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -138,7 +138,7 @@ def check_overflow(value: float) -> bool:
 def _global_norm(tensors: list[Tensor]) -> float:
     if not tensors:
         return 0.0
-    return torch.stack(torch._foreach_norm(tensors)).double().norm().item()
+    return torch.stack(torch._foreach_norm(tensors)).cpu().double().norm().item()
 
 
 class MixedPrecisionTrainer:

@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
-from guided_diffusion.nn import mean_flat
-from guided_diffusion.sampling import Cond, CondFn, Denoiser, SamplingMethods, Step, XStartFn
-from guided_diffusion.schedules import (  # noqa: F401 - the published home of these names
+from .losses import discretized_gaussian_log_likelihood, normal_kl
+from .nn import mean_flat
+from .sampling import Cond, CondFn, Denoiser, SamplingMethods, Step, XStartFn
+from .schedules import (  # noqa: F401 - the published home of these names
     SCHEDULES,
     betas_for_alpha_bar,
     get_named_beta_schedule,
 )
-from guided_diffusion.tables import DiffusionTables
-from guided_diffusion.tables import extract_into_tensor as _extract_into_tensor  # noqa: F401
+from .tables import DiffusionTables
+from .tables import extract_into_tensor as _extract_into_tensor  # noqa: F401
 
 
 class ModelMeanType(enum.Enum):

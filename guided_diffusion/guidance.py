@@ -1,12 +1,10 @@
 """Guidance: functions that steer sampling towards a label."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CondFn = Callable[..., Tensor]  # (x_t [N, C, H, W], t [N], **cond) -> gradient shaped like x_t
+from .sampling import CondFn
 
 
 def classifier_guidance(classifier: nn.Module, scale: float) -> CondFn:

@@ -43,6 +43,8 @@ def load_data(
     once: bool = False,
     num_workers: int = 1,
     report: Callable[[str], None] | None = None,
+    classes_from: str | None = None,
+    flag: str = "--data_dir",
 ) -> Iterator[Batch]:
     """Check a folder of images and its subfolders, then return an iterator over batches of them.
 
@@ -62,17 +64,18 @@ def load_data(
     """
     if batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
-    paths = find_images(data_dir)
+    paths = find_images(data_dir, flag)
+    names = class_names(find_images(classes_from)) if class_cond and classes_from else None
     num_shards = dist_util.get_world_size()
     shuffle = not (deterministic or once)
     if not once:
-        _check_fills_batch(data_dir, len(paths), batch_size, num_shards)
+        _check_fills_batch(f"{flag} {data_dir!r}", len(paths), batch_size, num_shards)
     if report is not None:
-        report(describe(paths, class_cond))
+        report(describe(paths, class_cond, names))
     dataset = ImageDataset(
         image_size,
         paths,
-        classes=class_numbers(paths, num_classes) if class_cond else None,
+        classes=class_numbers(paths, num_classes, names) if class_cond else None,
         shard=dist_util.get_rank(),
         num_shards=num_shards,
         random_crop=random_crop and not once,
@@ -82,7 +85,7 @@ def load_data(
     return _iterate(_make_loader(dataset, batch_size, shuffle, once, num_workers), once)
 
 
-def _check_fills_batch(data_dir: str, num_images: int, batch_size: int, num_shards: int) -> None:
+def _check_fills_batch(source: str, num_images: int, batch_size: int, num_shards: int) -> None:
     """Raise ValueError unless the smallest shard fills a batch, else the loop would never yield."""
     smallest = num_images // num_shards
     if smallest >= batch_size:
@@ -90,7 +93,7 @@ def _check_fills_batch(data_dir: str, num_images: int, batch_size: int, num_shar
     ranks = f" on each of {num_shards} ranks" if num_shards > 1 else ""
     remedy = f"use --batch_size {smallest} or less" if smallest else "start fewer ranks"
     raise ValueError(
-        f"--data_dir {data_dir!r} holds {num_images:,} images, too few for --batch_size "
+        f"{source} holds {num_images:,} images, too few for --batch_size "
         f"{batch_size}{ranks}: {remedy}, or add images"
     )
 
@@ -242,21 +245,21 @@ def _resize_shorter_side(pil_image: Image.Image, size: int) -> Image.Image:
     return pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.BICUBIC)
 
 
-def find_images(data_dir: str) -> list[str]:
+def find_images(data_dir: str, flag: str = "--data_dir") -> list[str]:
     """Return the sorted paths of all images in a folder and its subfolders.
 
     Raises:
         ValueError: The folder is not given, not there, or holds no images.
     """
     if not data_dir:
-        raise ValueError("--data_dir is missing: name the folder that holds the images")
+        raise ValueError(f"{flag} is missing: name the folder that holds the images")
     if not _is_url(data_dir) and not os.path.isdir(data_dir):
         state = "is a file, not a folder" if os.path.exists(data_dir) else "does not exist"
-        raise ValueError(f"--data_dir {data_dir!r} {state}: name the folder of the images")
+        raise ValueError(f"{flag} {data_dir!r} {state}: name the folder of the images")
     paths = _list_image_files_recursively(data_dir)
     if not paths:
         raise ValueError(
-            f"--data_dir {data_dir!r} and its subfolders hold no images; "
+            f"{flag} {data_dir!r} and its subfolders hold no images; "
             f"looked for file names ending in .{', .'.join(EXTENSIONS)}"
         )
     return paths
@@ -305,11 +308,11 @@ def class_name(path: str) -> str:
     return os.path.basename(path).split("_")[0]
 
 
-def class_numbers(paths: Sequence[str], num_classes: int | None = None) -> list[int]:
-    """Return the class number of every path: the place of its class name among all, sorted.
+def class_names(paths: Sequence[str]) -> list[str]:
+    """Return the class names of image files in the order of their numbers: sorted, as text.
 
     Raises:
-        ValueError: A file name has no "_", or there are more classes than num_classes.
+        ValueError: A file name has no "_".
     """
     nameless = [path for path in paths if "_" not in os.path.basename(path)]
     if nameless:
@@ -317,29 +320,55 @@ def class_numbers(paths: Sequence[str], num_classes: int | None = None) -> list[
             f"--class_cond True needs file names like CLASS_anything.png, but {len(nameless)} of "
             f"{len(paths)} images have no '_' in theirs, such as {nameless[0]!r}: rename them"
         )
-    names = [class_name(path) for path in paths]
-    numbers = {name: number for number, name in enumerate(sorted(set(names)))}
-    if num_classes is not None and len(numbers) > num_classes:
+    return sorted({class_name(path) for path in paths})
+
+
+def class_numbers(
+    paths: Sequence[str], num_classes: int | None = None, names: Sequence[str] | None = None
+) -> list[int]:
+    """Return the class number of every path: the place of its class name among `names`.
+
+    Args:
+        paths: Image files.
+        num_classes: Upper limit on the number of classes; None for no limit.
+        names: The class names by number; None for those of `paths`, sorted.
+
+    Raises:
+        ValueError: A file name has no "_" or an unknown class, or there are too many classes.
+    """
+    found = class_names(paths)
+    names = found if names is None else list(names)
+    unknown = [name for name in found if name not in set(names)]
+    if unknown:
         raise ValueError(
-            f"--num_classes {num_classes} is less than the {len(numbers)} classes of the images "
-            f"(the file names' parts before '_', such as {list(numbers)[num_classes]!r}): "
-            f"use --num_classes {len(numbers)}, or rename the files"
+            f"--val_data_dir holds images of the class {unknown[0]!r}, which --data_dir lacks: "
+            f"remove these {len(unknown)} classes, or add them to --data_dir"
         )
-    return [numbers[name] for name in names]
+    if num_classes is not None and len(names) > num_classes:
+        raise ValueError(
+            f"--num_classes {num_classes} is less than the {len(names)} classes of the images "
+            f"(the file names' parts before '_', such as {names[num_classes]!r}): "
+            f"use --num_classes {len(names)}, or rename the files"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    return [numbers[class_name(path)] for path in paths]
 
 
-def describe(paths: Sequence[str], class_cond: bool = False) -> str:
+def describe(
+    paths: Sequence[str], class_cond: bool = False, names: Sequence[str] | None = None
+) -> str:
     """Say in one line how many images there are and, under class_cond, of which classes."""
     line = f"{len(paths):,} images"
     if not class_cond:
         return line
-    counts = sorted(Counter(map(class_name, paths)).items())
+    counts = Counter(map(class_name, paths))
+    names = sorted(counts) if names is None else names
     shown = [
-        f"{name} ({count:,})" if name == str(number) else f"{number} = {name} ({count:,})"
-        for number, (name, count) in enumerate(counts[:MAX_CLASSES_SHOWN])
+        f"{'' if name == str(number) else f'{number} = '}{name} ({counts[name]:,})"
+        for number, name in enumerate(names[:MAX_CLASSES_SHOWN])
     ]
-    more = ["..."] if len(counts) > MAX_CLASSES_SHOWN else []
-    classes = "1 class" if len(counts) == 1 else f"{len(counts):,} classes"
+    more = ["..."] if len(names) > MAX_CLASSES_SHOWN else []
+    classes = "1 class" if len(names) == 1 else f"{len(names):,} classes"
     return f"{line}, {classes}: {', '.join(shown + more)}"
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_diffusion.gaussian_diffusion import GaussianDiffusion
-from guided_diffusion.tables import DeviceTables
+from .gaussian_diffusion import GaussianDiffusion
+from .tables import DeviceTables
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:

@@ -1,7 +1,4 @@
-"""Noise schedules by name: how the betas, the variances of the noising steps, grow.
-
-Only numpy is imported here, so that a command line can list the names without loading torch.
-"""
+"""Noise schedules by name: how the betas, the variances of the noising steps, grow."""
 
 import math
 from collections.abc import Callable

@@ -298,7 +298,16 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str = "",
 ) -> SpacedDiffusion:
-    """Build the diffusion process, respaced to `timestep_respacing` (all steps if empty)."""
+    """Build the diffusion process, respaced to `timestep_respacing` (all steps if empty).
+
+    Raises:
+        ValueError: names the flags that do not go together.
+    """
+    if noise_schedule == "linear" and steps <= 20:
+        raise ValueError(
+            f"--diffusion_steps {steps} is too short for --noise_schedule linear, whose last beta, "
+            f"20 / {steps}, must be below 1: use 21 steps or more, or the cosine schedule"
+        )
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
     else:

@@ -70,6 +70,8 @@ def _adopt_classifier(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in the classifier's own flags, and check that it fits the model."""
     path = args.classifier_path
     saved = _read(path, "classifier_path", "classifier")
+    if not args.class_cond and "num_classes" not in args.given:  # the model itself knows no classes
+        args.num_classes = saved.get("num_classes", args.num_classes)
     for name in COMMON:
         mine = getattr(args, name)
         if saved.get(name, mine) != mine:

@@ -46,9 +46,10 @@ def main(argv=None):
             report=logger.log,
         )
         data = load(data_dir=args.data_dir)
-        val_data = (
-            load(data_dir=args.val_data_dir, random_crop=False) if args.val_data_dir else None
-        )
+        val_data = None
+        if args.val_data_dir:
+            val = {"data_dir": args.val_data_dir, "classes_from": args.data_dir}
+            val_data = load(**val, flag="--val_data_dir", random_crop=False)
         losses = partial(classifier_losses, diffusion, args.noised)
         train(args, classifier, diffusion, data, flags, loss_fn=losses, val_data=val_data)
 

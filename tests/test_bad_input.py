@@ -184,7 +184,16 @@ CASES = [
         "--resume_checkpoint model9.pt exist",
     ),
     ("image_train", {"resume_checkpoint": "PLACE/short.pt"}, "short.pt cut short"),
-    ("image_train", {"resume_checkpoint": "PLACE/c/model000001.pt"}, "model000001.pt not fit"),
+    (
+        "image_train",
+        {"resume_checkpoint": "PLACE/c/model000001.pt"},
+        "--resume_checkpoint model000001.pt classifier",
+    ),
+    (
+        "image_train",
+        {"resume_checkpoint": "PLACE/d/model000001.pt", "noise_schedule": "linear"},
+        "--noise_schedule linear cosine model000001.pt",
+    ),
     ("image_sample", {"num_samples": 0}, "--num_samples 0 at least 1"),
     ("image_sample", {"model_path": "PLACE/model9.pt"}, "--model_path model9.pt exist"),
     ("image_sample", {"model_path": "PLACE/data"}, "--model_path data folder"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scripting import SCRIPTS, load_script
 
-from guided_diffusion import config, flag_checks
+from guided_diffusion import config, flag_checks, resample, schedules
 
 FLAGS = json.loads((Path(__file__).parent / "reference" / "flags.json").read_text())
 TYPES = {"str2bool": bool, "int": int, "float": float, "str": str}
@@ -119,6 +119,23 @@ def test_each_default_passes_its_own_check(f):
     assert f.metadata["help"]
     mistake = config.find_mistake(f, f.default)
     assert bool(mistake) == f.metadata["required"], mistake
+
+
+@pytest.mark.parametrize(
+    "name, table",
+    [
+        ("noise_schedule", schedules.SCHEDULES),
+        ("schedule_sampler", resample.SCHEDULE_SAMPLERS),
+    ],
+)
+def test_a_flag_accepts_the_names_of_its_table(name, table):
+    """What can be built by name can be asked for on the command line, and nothing else."""
+    fields = [f for f in config.all_fields() if f.name == name]
+    assert fields
+    for f in fields:
+        listed = f.metadata["check"]("").removeprefix("must be one of ").split(", ")
+        assert sorted(listed) == sorted(table)
+        assert [config.find_mistake(f, known) for known in table] == [None] * len(table)
 
 
 @pytest.mark.parametrize("text", ["yes", "True", "t", "Y", "1"])

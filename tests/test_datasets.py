@@ -255,11 +255,61 @@ def test_judge_errors_are_one_line(judge, tmp_path, capsys):
     """No judge, a broken judge, broken samples, samples of another size, no data."""
     path = tmp_path / "judge.pt"
     npz = tmp_path / "samples.npz"
-    assert "train it" in fail(judging, capsys, "--out", path, "--score", npz)
+    assert "train it" in fail(judging, capsys, "--judge", path, "--score", npz)
     path.write_bytes(b"junk")
-    assert "holds no judge" in fail(judging, capsys, "--out", path, "--score", npz)
+    assert "holds no judge" in fail(judging, capsys, "--judge", path, "--score", npz)
     judging.save(judge, path)
-    assert "no npz file" in fail(judging, capsys, "--out", path, "--score", npz)
+    assert "no npz file" in fail(judging, capsys, "--judge", path, "--score", npz)
     np.savez(npz, np.zeros((2, 8, 8, 3), np.uint8), np.zeros(2, np.int64))
-    assert "[N, 28, 28, 1]" in fail(judging, capsys, "--out", path, "--score", npz)
+    assert "[N, 28, 28, 1]" in fail(judging, capsys, "--judge", path, "--score", npz)
+    assert "--judge" in fail(judging, capsys, "--out", path, "--score", npz)
     assert "does not exist" in fail(judging, capsys, "--data_dir", tmp_path / "none")
+
+
+@pytest.fixture
+def guidance_table(monkeypatch):
+    """The program that compares guidance scales, with the judge's module as it is here."""
+    monkeypatch.setitem(sys.modules, "fashion_classifier", judging)
+    return load_program("benchmarks/guidance_table.py")
+
+
+def labelled_folder(folder, images, labels):
+    """Write images [N, 28, 28, 1] as the PNGs that the judge compares with."""
+    folder.mkdir()
+    for k, (image, label) in enumerate(zip(images, labels, strict=True)):
+        Image.fromarray(image[..., 0]).save(folder / f"{label}_{k:05d}.png")
+    return folder
+
+
+def test_both_programs_score_with_the_judge_they_are_given(
+    judge, toy, tmp_path, capsys, guidance_table, monkeypatch
+):
+    """--judge names the file to load: real images as samples are as diverse as real ones."""
+    judging.save(judge, tmp_path / "j.pt")
+    test, npz = labelled_folder(tmp_path / "test", *toy), tmp_path / "samples.npz"
+    np.savez(npz, *toy)
+    options = ["--judge", str(tmp_path / "j.pt")]
+    assert judging.main([*options, "--score", str(npz), "--data_dir", str(tmp_path)]) == 0
+    assert "diversity 1.000" in capsys.readouterr().out
+    monkeypatch.setattr(guidance_table, "draw", lambda scale, args: npz)
+    assert guidance_table.main([*options, "--test_dir", str(test), "--scales", "0,2"]) == 0
+    rows = capsys.readouterr().out.strip().split("\n")
+    assert len(rows) == 4 and all(row.endswith("| 1.000 |") for row in rows[2:])
+
+
+def test_guidance_table_errors_are_one_line(
+    judge, toy, tmp_path, capsys, guidance_table, monkeypatch
+):
+    """No judge, no test images, no mpiexec, and a sampler that fails."""
+    path, out = tmp_path / "j.pt", ("--out", tmp_path / "out")
+    assert "train it" in fail(guidance_table, capsys, "--judge", path)
+    judging.save(judge, path)
+    none = tmp_path / "none"
+    assert "does not exist" in fail(guidance_table, capsys, "--judge", path, "--test_dir", none)
+    test = labelled_folder(tmp_path / "test", *toy)
+    options = ("--judge", path, "--test_dir", test, *out)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(none))
+        assert "mpiexec" in fail(guidance_table, capsys, *options, "--ranks", 2)
+    monkeypatch.setattr(guidance_table.sys, "executable", "false")
+    assert "exit code 1" in fail(guidance_table, capsys, *options)

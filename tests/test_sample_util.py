@@ -6,17 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference.fill import fill_
+from scripting import SMALL
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import config, dist_util
 from guided_diffusion import sample_util as su
 from guided_diffusion.script_util import create_gaussian_diffusion
-
-
-@pytest.fixture
-def log_dir(tmp_path):
-    dist_util.setup_dist("cpu")
-    with logger.session(str(tmp_path / "log")):
-        yield tmp_path / "log"
+from guided_diffusion.trained_flags import KINDS
 
 
 def sampling_flags(**flags):
@@ -39,6 +35,37 @@ def draw(log_dir, labels=None, **flags):
     args = sampling_flags(**flags)
     diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="ddim5")
     return su.draw_samples(args, Echo(), diffusion, size=4, seed=11, labels=labels)
+
+
+def loaded(tmp_path, **flags):
+    """Write a small checkpoint without zero layers, and load it as a script does."""
+    path = str(tmp_path / "model.pt")
+    flags = config.defaults(*KINDS["diffusion model"]) | SMALL | flags
+    model, _ = su.CREATE["diffusion model"](**flags)
+    torch.save(fill_(model, 0).state_dict(), path)
+    return su.load_model_and_diffusion(Namespace(model_path=path, **flags))[0]
+
+
+def test_a_loaded_network_is_in_eval_mode(tmp_path):
+    """Dropout is for training: of a loaded network, two passes over one input agree."""
+    model = loaded(tmp_path, dropout=0.9)
+    x, t = su.start_noise(0, range(2), (1, 8, 8)), torch.tensor([3, 9])
+    assert not any(module.training for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(x, t, y=t % 3), model(x, t, y=t % 3))
+        model.train()  # the input and weights are such that dropout would show
+        assert not torch.equal(model(x, t, y=t % 3), model(x, t, y=t % 3))
+
+
+@pytest.mark.parametrize("use_fp16, dtype", [(True, torch.float16), (False, torch.float32)])
+def test_a_network_is_loaded_in_the_precision_asked_for(tmp_path, use_fp16, dtype):
+    """--use_fp16 converts the convolutions between input and output, and what enters them."""
+    model = loaded(tmp_path, use_fp16=use_fp16)
+    blocks = (model.input_blocks, model.middle_block, model.output_blocks)
+    modules = [module for block in blocks for module in block.modules()]
+    convolutions = [module for module in modules if isinstance(module, torch.nn.Conv2d)]
+    assert model.dtype == dtype and convolutions
+    assert {conv.weight.dtype for conv in convolutions} == {dtype}
 
 
 def test_noise_is_a_function_of_seed_and_index():

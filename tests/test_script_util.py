@@ -113,6 +113,14 @@ def test_a_resolution_without_a_level_is_named_in_a_warning(kind):
     assert list(with_unknown.state_dict()) == list(without.state_dict())
 
 
+@every_kind
+def test_without_resolutions_only_the_middle_attends(kind):
+    """An empty list of resolutions leaves the attention of the middle block, always there."""
+    model, _ = build(kind, **{NAMES[kind][2]: ""})
+    attending = {name.split(".")[0] for name in model.state_dict() if "qkv" in name}
+    assert attending - {"out"} == {"middle_block"}  # the classifier's pool attends as well
+
+
 @pytest.mark.parametrize("kind", ["diffusion", "upsampler"])
 def test_label_dropout_adds_a_null_class(kind):
     """With --label_dropout the network knows one class more, whatever the rate."""

@@ -127,15 +127,20 @@ def test_a_finished_run_that_is_resumed_ends_at_once(place, tmp_path):
 
 
 @pytest.mark.parametrize("folder, script, flags", [
-    ("s", "super_res_train", SUPER_RES | {"max_steps": 3}),
-    ("c", "classifier_train", CLASSIFIER | {"iterations": 3}),
+    ("d", "image_train", {"max_steps": 3}),
+    ("s", "super_res_train", {"max_steps": 3}),
+    ("c", "classifier_train", {"iterations": 3}),
 ])  # fmt: skip
 def test_every_trainer_resumes(folder, script, flags, place, tmp_path):
-    """All three trainers go on from their files."""
+    """All three trainers go on from their files, and find the model's flags beside them."""
     flags = flags | {"data_dir": place / "data", "batch_size": 4, "log_dir": tmp_path}
     succeed(script, flags, resume_checkpoint=model(place, folder))
     assert (tmp_path / "model000003.pt").exists()
     assert load(tmp_path / "opt000003.pt")["state"][0]["step"] == 3
+    one, other = (
+        where / f"model00000{n}.json" for where, n in [(place / folder, 2), (tmp_path, 3)]
+    )
+    assert json.loads(one.read_text()) == json.loads(other.read_text())
 
 
 def test_a_seed_repeats_a_training_run(place, tmp_path):

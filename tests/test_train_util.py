@@ -11,7 +11,6 @@ import torch
 from reference.fill import draw, fill_
 from torch.optim import AdamW
 
-from guided_diffusion import dist_util, logger
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.nn import update_ema
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -115,13 +114,6 @@ def batches(count, channels=1, seed=0):
     for _ in range(count):
         images = torch.rand(4, channels, 8, 8, generator=generator) * 2 - 1
         yield images, {"y": torch.randint(3, (4,), generator=generator)}
-
-
-@pytest.fixture
-def log_dir(tmp_path):
-    dist_util.setup_dist("cpu")
-    with logger.session(str(tmp_path / "log")):
-        yield tmp_path / "log"
 
 
 @pytest.mark.parametrize("microbatch", [1, 2, 3])
