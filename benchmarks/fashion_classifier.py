@@ -4,10 +4,10 @@
     python benchmarks/fashion_classifier.py --out runs/judge.pt
     python benchmarks/fashion_classifier.py --judge runs/judge.pt --score samples_1000x28x28x1.npz
 
-The second command trains a judge and writes it to --out (about 4 minutes on 2 cores) and prints the accuracy on the real test
-images; it is deterministic under a seed. The third loads the judge named by --judge and prints, for samples with their requested
-labels, two numbers: how often the judge sees the requested label, and how diverse the samples
-of one label are, where real test images are 1.
+The second command trains a judge (about 4 minutes on 2 cores), writes it to --out and prints its
+accuracy on the real test images; it is deterministic under a seed. The third loads the judge in
+--judge and prints, for samples with their requested labels, two numbers: how often the judge sees
+the requested label, and how diverse the samples of one label are, where real test images are 1.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def load_judge(path: str | os.PathLike) -> Judge:
         ValueError: There is no such file, or it holds something else.
     """
     if not Path(path).is_file():
-        raise ValueError(f"no judge in {str(path)!r}: train it with --out {path}")
+        raise ValueError(
+            f"no judge in {str(path)!r}: train it by fashion_classifier.py --out {path}"
+        )
     judge = Judge()
     try:
         judge.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -25,7 +25,8 @@ MODELS = ROOT / "models" / "fashion"
 def draw(scale: str, args: argparse.Namespace) -> Path:
     """Draw the samples of one guidance scale, unless they are there; return their npz file."""
     kind = "ddim" if args.ddim else "ancestral"
-    folder = args.out / f"{kind}{args.steps}_scale{scale}_seed{args.seed}"
+    precision = "_bf16" if args.bf16 else ""
+    folder = args.out / f"{kind}{args.steps}{precision}_scale{scale}_seed{args.seed}"
     path = folder / f"samples_{args.num_samples}x28x28x1.npz"
     if not path.exists():
         launcher = ["mpiexec", "-n", str(args.ranks)] if args.ranks > 1 else []
@@ -39,6 +40,7 @@ def draw(scale: str, args: argparse.Namespace) -> Path:
             "--batch_size", args.batch_size,
             "--timestep_respacing", f"ddim{args.steps}" if args.ddim else args.steps,
             "--use_ddim", args.ddim,
+            "--use_bf16", args.bf16,
             "--seed", args.seed,
             "--log_dir", folder,
         ]  # fmt: skip
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scales", default="0,0.5,1,2,4", help="guidance scales")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps")
     parser.add_argument("--ddim", action="store_true", help="DDIM instead of ancestral sampling")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--num_samples", type=int, default=500, help="samples per scale")
     parser.add_argument("--batch_size", type=int, default=50, help="samples at once")
     parser.add_argument("--seed", type=int, default=0, help="seed of labels and noise")

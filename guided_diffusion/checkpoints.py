@@ -18,7 +18,7 @@ from . import dist_util
 from .flag_checks import is_remote
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def model_name(step: int) -> str:
@@ -138,11 +138,11 @@ def kind_of(flags: dict[str, Any]) -> str:
     return "classifier" if "classifier_width" in flags else "diffusion model"
 
 
-def load_weights(model: nn.Module, path: str, hint: str = "") -> None:
-    """Load checkpoint `path` into `model`. Every rank reads for itself.
+def read_weights(model: nn.Module, path: str, hint: str = "") -> dict[str, Tensor]:
+    """Read the weights of `model` from checkpoint `path`. Every rank reads for itself.
 
     Args:
-        model: the network, its parameters on any device.
+        model: the network that they must fit.
         path: a state dict, as `save` or the published code wrote it.
         hint: what to do about weights of another network.
 
@@ -160,7 +160,12 @@ def load_weights(model: nn.Module, path: str, hint: str = "") -> None:
     problem = _mismatch(model.state_dict(), weights)
     if problem:
         raise ValueError(f"{path} does not fit the network of these flags: {problem}{hint}")
-    model.load_state_dict(weights)
+    return weights
+
+
+def load_weights(model: nn.Module, path: str, hint: str = "") -> None:
+    """Load checkpoint `path` into `model`; see `read_weights`."""
+    model.load_state_dict(read_weights(model, path, hint))
 
 
 def _mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:

@@ -75,6 +75,7 @@ class RunConfig:
     seed: int = flag(
         -1, "seed of all random draws (-1: drawn and printed)", check=between(-1, 2**62)
     )
+    use_bf16: bool = flag(False, "compute in bfloat16 autocast; weights stay float32")
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,6 @@ class OptimConfig:
     log_interval: int = flag(10, "steps between two lines of the log", check=at_least(1))
     save_interval: int = flag(10000, "steps between two checkpoints", check=at_least(1))
     resume_checkpoint: str = flag("", "modelNNNNNN.pt from which to go on", check=checkpoint_file)
-    use_bf16: bool = flag(False, "compute in bfloat16 autocast; weights stay float32")
 
 
 @dataclass(frozen=True)

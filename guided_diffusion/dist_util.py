@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +235,13 @@ def is_main() -> bool:
 def dev() -> torch.device:
     """Return the device of this rank."""
     return _state.device or choose_device(None, read_launch(os.environ).local_rank or 0)
+
+
+def precision(use_bf16: bool) -> AbstractContextManager:
+    """Return bfloat16 autocast on `dev()`; if not asked for, what leaves the caller's as it is."""
+    import torch
+
+    return torch.autocast(dev().type, torch.bfloat16) if use_bf16 else nullcontext()
 
 
 def _is_alone() -> bool:

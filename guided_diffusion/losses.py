@@ -1,10 +1,11 @@
-"""Likelihood terms of the variational bound, in nats."""
+"""Likelihood terms of the variational bound, in nats, and the loss of the noisy classifier."""
 
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 TensorOrFloat: TypeAlias = Tensor | float
 
@@ -55,3 +56,38 @@ def discretized_gaussian_log_likelihood(x: Tensor, *, means: Tensor, log_scales:
     probability = torch.where(x > EDGE, 1.0 - below_lower, below_upper - below_lower)
     probability = torch.where(x < -EDGE, below_upper, probability)
     return probability.clamp(min=MIN_PROBABILITY).log()
+
+
+def classifier_losses(
+    diffusion: Any,
+    noised: bool,
+    model: nn.Module,
+    x_start: Tensor,
+    t: Tensor,
+    cond: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """Return the cross-entropy and accuracies of a classifier of noised images.
+
+    Args:
+        diffusion: the process that noises the images.
+        noised: False trains on clean images, at t = 0.
+        model: (x_t [N, C, H, W], t [N]) -> logits [N, classes].
+        x_start: images [N, C, H, W] in [-1, 1].
+        t: timesteps [N].
+        cond: {"y": labels [N]}.
+
+    Returns:
+        "loss" [N], "acc@1" [N] and "acc@5" [N] (0 or 1 per image).
+    """
+    y = cond["y"]
+    if noised:
+        x_t = diffusion.q_sample(x_start, t)
+    else:
+        x_t, t = x_start, torch.zeros_like(t)
+    logits = model(x_t, timesteps=t).float()
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]  # [N, 5]
+    return {
+        "loss": F.cross_entropy(logits, y, reduction="none"),
+        "acc@1": ranked[:, 0].float(),
+        "acc@5": ranked.any(dim=1).float(),
+    }

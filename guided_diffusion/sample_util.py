@@ -5,6 +5,7 @@ index alone; ranks take the batches in turn, and rank 0 writes everything in the
 """
 
 import argparse
+import io
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -125,10 +126,10 @@ class BaseSamples:
 
 def _read_samples(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     """Read arr_0 and, if it is there, arr_1 of an npz file; nothing in it is ever unpickled."""
-    if not os.path.isfile(path):
+    if not checkpoints.exists(path):
         raise ValueError(f"--base_samples {path}: there is no such file")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(checkpoints.read_file(path)), allow_pickle=False) as arrays:
             return arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays.files else None
     except Exception as error:  # a broken file raises one of many kinds in numpy and zipfile
         raise ValueError(f"--base_samples {path} is no npz of images (arr_0): {error}") from error
@@ -136,14 +137,6 @@ def _read_samples(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 # --------------------------------------------------------------------------------------------
 # What is random
-
-
-def choose_seed(seed: int) -> int:
-    """Return `seed`, or, for -1, one drawn now, logged, and the same on all ranks."""
-    drawn = int.from_bytes(os.urandom(4), "little") >> 1
-    chosen = dist_util.broadcast_object(drawn if seed == -1 else seed)
-    logger.log(f"seed {chosen}")
-    return chosen
 
 
 def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
@@ -196,7 +189,8 @@ def draw_samples(
     """Draw --num_samples images, shared among all ranks.
 
     Args:
-        args: gives num_samples, batch_size, use_ddim, clip_denoised, class_cond, in_channels.
+        args: gives num_samples, batch_size, use_ddim, clip_denoised, class_cond, in_channels,
+            use_bf16.
         model: the network, on its device.
         diffusion: the process, respaced to the steps to take.
         size: height and width of the images.
@@ -221,7 +215,7 @@ def draw_samples(
     loop = "ddim_sample_loop" if args.use_ddim else "p_sample_loop"
     shape = (args.in_channels, size, size)
     mine = []
-    with _progress(args.num_samples, "sampling") as bar:
+    with _progress(args.num_samples, "sampling") as bar, dist_util.precision(args.use_bf16):
         for indices in _my_batches(args.num_samples, args.batch_size):
             seed_chain(seed, indices.start)
             chain = getattr(diffusion, f"{loop}_progressive")(
@@ -250,14 +244,16 @@ def score_images(
     model: nn.Module,
     diffusion: GaussianDiffusion,
     data: Iterator[tuple[Tensor, dict[str, Tensor]]],
+    seed: int,
 ) -> dict[str, np.ndarray] | None:
     """Compute the bound on the bits per dimension of images, shared among all ranks.
 
     Args:
-        args: gives clip_denoised and num_samples, the number of images to score at most.
+        args: gives clip_denoised, use_bf16 and num_samples, the most images to score.
         model: the network, on its device.
         diffusion: the process.
         data: the batches of this rank: image i of the folder is on rank i mod the number of ranks.
+        seed: of the noise.
 
     Returns:
         on rank 0, in the order of the folder: total_bpd [N], and vb, mse and xstart_mse [N, T],
@@ -265,11 +261,12 @@ def score_images(
     """
     world = dist_util.get_world_size()
     index, mine = dist_util.get_rank(), []
-    with _progress(args.num_samples, "scoring") as bar:
+    with _progress(args.num_samples, "scoring") as bar, dist_util.precision(args.use_bf16):
         for batch, cond in data:
             wanted = len(range(index, args.num_samples, world)[: len(batch)])
             if wanted == 0:
                 break
+            seed_chain(seed, index)
             cond = {name: value[:wanted].to(dist_util.dev()) for name, value in cond.items()}
             metrics = diffusion.calc_bpd_loop(
                 model,

@@ -5,21 +5,23 @@ Every function here turns plain flag values, as `config.py` declares them, into 
 """
 
 import argparse
+import os
 import warnings
 from typing import Any
 
-from . import config
+from . import config, dist_util, logger
 from . import gaussian_diffusion as gd
 from .config import defaults, str2bool
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 __all__ = [
-    "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "classifier_and_diffusion_defaults",
-    "classifier_defaults", "create_classifier", "create_classifier_and_diffusion",
-    "create_gaussian_diffusion", "create_model", "create_model_and_diffusion",
-    "diffusion_defaults", "model_and_diffusion_defaults", "sr_create_model",
-    "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults", "str2bool",
+    "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "choose_seed",
+    "classifier_and_diffusion_defaults", "classifier_defaults", "create_classifier",
+    "create_classifier_and_diffusion", "create_gaussian_diffusion", "create_model",
+    "create_model_and_diffusion", "diffusion_defaults", "model_and_diffusion_defaults",
+    "sr_create_model", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults",
+    "str2bool",
 ]  # fmt: skip
 
 NUM_CLASSES = config.PixelConfig.num_classes
@@ -321,6 +323,18 @@ def create_gaussian_diffusion(
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
     )
+
+
+# --------------------------------------------------------------------------------------------
+# The seed
+
+
+def choose_seed(seed: int) -> int:
+    """Return `seed`, or, for -1, one drawn now; it is logged, and the same on all ranks."""
+    drawn = int.from_bytes(os.urandom(4), "little") >> 1
+    chosen = dist_util.broadcast_object(drawn if seed == -1 else seed)
+    logger.log(f"seed {chosen}")
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
@@ -27,9 +26,10 @@ from .resample import (
     UniformSampler,
     create_named_schedule_sampler,
 )
+from .script_util import choose_seed
 
 __all__ = [
-    "INITIAL_LOG_LOSS_SCALE", "TrainLoop", "classifier_losses", "find_ema_checkpoint",
+    "INITIAL_LOG_LOSS_SCALE", "TrainLoop", "find_ema_checkpoint",
     "find_resume_checkpoint", "get_blob_logdir", "log_loss_dict", "parse_resume_step_from_filename",
     "seed_ranks", "train",
 ]  # fmt: skip
@@ -65,6 +65,7 @@ class TrainLoop:
         val_data: batches to log the same losses for, every `eval_interval` steps; or None.
         eval_interval: steps between two validation batches.
         log_prefix: put before the names of training losses.
+        initial_lg_loss_scale: log2 of the fp16 loss scale at the start.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class TrainLoop:
         val_data: Iterator[tuple[Tensor, Cond]] | None = None,
         eval_interval: int = 0,
         log_prefix: str = "",
+        initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
     ):
         self.model = model
         self.diffusion = diffusion
@@ -114,7 +116,10 @@ class TrainLoop:
         self.resume_step = 0  # updates taken before
         self._load_model()
         self.mp_trainer = MixedPrecisionTrainer(
-            model=self.model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth
+            model=self.model,
+            use_fp16=use_fp16,
+            fp16_scale_growth=fp16_scale_growth,
+            initial_lg_loss_scale=initial_lg_loss_scale,
         )
         self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
         self._load_optimizer()
@@ -138,28 +143,36 @@ class TrainLoop:
         if not self.resume_checkpoint:
             return
         path = self._beside(checkpoints.opt_name(self.resume_step))
-        if not checkpoints.exists(path):
+        if not dist_util.broadcast_object(checkpoints.exists(path)):  # all ranks do the same
             logger.log(f"optimizer: starts cold, there is no {path}")
             return
-        logger.log(f"optimizer: from {path}")
         state = dist_util.load_state_dict(path, map_location="cpu")
         try:
             self.opt.load_state_dict(state)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no optimizer state of this network: {error}") from error
+            fits = all(v["exp_avg"].shape == p.shape for p, v in self.opt.state.items())
+        except (AttributeError, KeyError, TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"{path} is no optimizer state of this network: give the --use_fp16 and the model "
+                "flags it was written with, or move it away to start the optimizer cold"
+            )
+        group = self.opt.param_groups[0]
+        kept = f"learning rate {group['lr']:g} and weight decay {group['weight_decay']:g}"
+        logger.log(f"optimizer: from {path}, with its {kept}")
 
     def _load_ema(self, rate: float) -> list[Tensor]:
         """Return the weight average to go on with: the saved one, else the present weights."""
         path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
+        path = dist_util.broadcast_object(path)  # all ranks do the same
         if path is None:
             if self.resume_checkpoint:
                 logger.log(f"EMA {rate}: starts from the weights, its file is not there")
             return deepcopy(self.mp_trainer.master_params)
         logger.log(f"EMA {rate}: from {path}")
-        weights = dist_util.load_state_dict(path, map_location=dist_util.dev())
-        params = self.mp_trainer.state_dict_to_master_params(weights)
-        dist_util.sync_params(params)
-        return params
+        weights = checkpoints.read_weights(self.model, path)
+        weights = {name: value.to(dist_util.dev()) for name, value in weights.items()}
+        return self.mp_trainer.state_dict_to_master_params(weights)
 
     def _beside(self, name: str) -> str:
         return checkpoints.join(os.path.dirname(self.resume_checkpoint), name)
@@ -203,11 +216,11 @@ class TrainLoop:
 
     def run_step(self, batch: Tensor, cond: Cond) -> None:
         """Take one optimizer step on a batch [N, C, H, W]; skip it if fp16 overflowed."""
+        self._anneal_lr()
         self.forward_backward(batch, cond)
         took_step = self.mp_trainer.optimize(self.opt)
         if took_step:
             self._update_ema()
-        self._anneal_lr()
         self.log_step()
 
     def forward_backward(self, batch: Tensor, cond: Cond) -> None:
@@ -235,7 +248,7 @@ class TrainLoop:
         return batch, {name: value.to(device) for name, value in cond.items()}
 
     def _losses(self, x_start: Tensor, t: Tensor, cond: Cond) -> dict[str, Tensor]:
-        with torch.autocast(x_start.device.type, torch.bfloat16, enabled=self.use_bf16):
+        with dist_util.precision(self.use_bf16):
             return self.loss_fn(self.ddp_model, x_start, t, cond)
 
     @torch.no_grad()
@@ -246,7 +259,7 @@ class TrainLoop:
         for start in range(0, len(batch), self.microbatch):
             piece = slice(start, start + self.microbatch)
             t, _ = self.schedule_sampler.sample(len(batch[piece]), dist_util.dev())
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.use_bf16):
+            with dist_util.precision(self.use_bf16):
                 cond_piece = {k: v[piece] for k, v in cond.items()}
                 losses = self.loss_fn(self.model, batch[piece], t, cond_piece)
             log_loss_dict(self.diffusion, t, {"val_" + k: v for k, v in losses.items()})
@@ -289,8 +302,8 @@ class TrainLoop:
 
     def save(self) -> None:
         """Write weights, EMAs and optimizer state; all ranks call this, rank 0 writes."""
+        step, folder = self._updates(), get_blob_logdir()
         if dist_util.is_main():
-            step, folder = self._updates(), get_blob_logdir()
             self._save_weights(
                 checkpoints.join(folder, checkpoints.model_name(step)),
                 self.mp_trainer.master_params,
@@ -319,41 +332,6 @@ def _diffusion_losses(
     diffusion: GaussianDiffusion, model: nn.Module, x_start: Tensor, t: Tensor, cond: Cond
 ) -> dict[str, Tensor]:
     return diffusion.training_losses(model, x_start, t, model_kwargs=cond)
-
-
-def classifier_losses(
-    diffusion: GaussianDiffusion,
-    noised: bool,
-    model: nn.Module,
-    x_start: Tensor,
-    t: Tensor,
-    cond: Cond,
-) -> dict[str, Tensor]:
-    """Return the cross-entropy and accuracies of a classifier of noised images.
-
-    Args:
-        diffusion: the process that noises the images.
-        noised: False trains on clean images, at t = 0.
-        model: (x_t [N, C, H, W], t [N]) -> logits [N, classes].
-        x_start: images [N, C, H, W] in [-1, 1].
-        t: timesteps [N].
-        cond: {"y": labels [N]}.
-
-    Returns:
-        "loss" [N], "acc@1" [N] and "acc@5" [N] (0 or 1 per image).
-    """
-    y = cond["y"]
-    if noised:
-        x_t = diffusion.q_sample(x_start, t)
-    else:
-        x_t, t = x_start, torch.zeros_like(t)
-    logits = model(x_t, timesteps=t).float()
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == y[:, None]  # [N, 5]
-    return {
-        "loss": F.cross_entropy(logits, y, reduction="none"),
-        "acc@1": ranked[:, 0].float(),
-        "acc@5": ranked.any(dim=1).float(),
-    }
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
@@ -390,15 +368,8 @@ def log_loss_dict(diffusion: GaussianDiffusion, ts: Tensor, losses: dict[str, Te
 
 
 def seed_ranks(seed: int) -> None:
-    """Seed the global random generators, each rank with its own number.
-
-    Args:
-        seed: that of rank 0; -1 draws one. It is logged.
-    """
-    drawn = int.from_bytes(os.urandom(4), "little") >> 1
-    seed = dist_util.broadcast_object(drawn if seed == -1 else seed)
-    logger.log(f"seed {seed}")
-    mine = (seed + dist_util.get_rank()) % 2**32
+    """Seed the global random generators, rank r with `seed` + r; -1 draws a seed."""
+    mine = (choose_seed(seed) + dist_util.get_rank()) % 2**32
     random.seed(mine)
     np.random.seed(mine)
     torch.manual_seed(mine)
@@ -430,6 +401,7 @@ def train(
         lr_anneal_steps=args.iterations if args.anneal_lr else 0,
         eval_interval=args.eval_interval,
         log_prefix="train_",
+        initial_lg_loss_scale=16.0,  # as published
     ) if classifier else dict(
         ema_rate=args.ema_rate,
         use_fp16=args.use_fp16,

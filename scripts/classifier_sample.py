@@ -22,11 +22,12 @@ def main(argv=None):
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion import sample_util as su
+    from guided_diffusion.script_util import choose_seed
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
         model, diffusion = su.load_model_and_diffusion(args)
         cond_fn = su.load_guidance(args)
-        seed = su.choose_seed(args.seed)
+        seed = choose_seed(args.seed)
         labels = su.choose_labels(args, seed)
         images = su.draw_samples(
             args, model, diffusion, size=args.image_size, seed=seed, labels=labels, cond_fn=cond_fn

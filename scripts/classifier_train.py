@@ -23,12 +23,13 @@ def main(argv=None):
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion.image_datasets import load_data
+    from guided_diffusion.losses import classifier_losses
     from guided_diffusion.script_util import (
         args_to_dict,
         classifier_and_diffusion_defaults,
         create_classifier_and_diffusion,
     )
-    from guided_diffusion.train_util import classifier_losses, seed_ranks, train
+    from guided_diffusion.train_util import seed_ranks, train
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
         seed_ranks(args.seed)

@@ -20,6 +20,7 @@ def main(argv=None):
     from guided_diffusion import dist_util, logger
     from guided_diffusion import sample_util as su
     from guided_diffusion.image_datasets import load_data
+    from guided_diffusion.script_util import choose_seed
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
         model, diffusion = su.load_model_and_diffusion(args)
@@ -33,7 +34,8 @@ def main(argv=None):
             once=True,
             report=logger.log,
         )
-        su.write_scores(su.score_images(args, model, diffusion, data))
+        seed = choose_seed(args.seed)
+        su.write_scores(su.score_images(args, model, diffusion, data, seed))
 
 
 if __name__ == "__main__":

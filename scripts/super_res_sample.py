@@ -20,11 +20,12 @@ def main(argv=None):
 
     from guided_diffusion import dist_util, logger
     from guided_diffusion import sample_util as su
+    from guided_diffusion.script_util import choose_seed
 
     with dist_util.process_group(args.device), logger.session(args.log_dir):
         base = su.BaseSamples(args)
         model, diffusion = su.load_model_and_diffusion(args, "upsampler")
-        seed = su.choose_seed(args.seed)
+        seed = choose_seed(args.seed)
         images = su.draw_samples(
             args,
             model,

@@ -4,8 +4,10 @@ import gzip
 import importlib.util
 import io
 import struct
+import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -300,16 +302,17 @@ def test_both_programs_score_with_the_judge_they_are_given(
 def test_guidance_table_errors_are_one_line(
     judge, toy, tmp_path, capsys, guidance_table, monkeypatch
 ):
-    """No judge, no test images, no mpiexec, and a sampler that fails."""
-    path, out = tmp_path / "j.pt", ("--out", tmp_path / "out")
+    """No judge, no test images, a launcher that is not there, and a sampler that fails."""
+    path = tmp_path / "j.pt"
     assert "train it" in fail(guidance_table, capsys, "--judge", path)
     judging.save(judge, path)
     none = tmp_path / "none"
     assert "does not exist" in fail(guidance_table, capsys, "--judge", path, "--test_dir", none)
     test = labelled_folder(tmp_path / "test", *toy)
-    options = ("--judge", path, "--test_dir", test, *out)
-    with monkeypatch.context() as patch:
-        patch.setenv("PATH", str(none))
-        assert "mpiexec" in fail(guidance_table, capsys, *options, "--ranks", 2)
-    monkeypatch.setattr(guidance_table.sys, "executable", "false")
-    assert "exit code 1" in fail(guidance_table, capsys, *options)
+    options = ("--judge", path, "--test_dir", test, "--out", tmp_path / "out")
+    for error, words in (
+        (FileNotFoundError(2, "No such file or directory", "mpiexec"), "mpiexec"),
+        (subprocess.CalledProcessError(3, ["mpiexec"]), "exit code 3"),
+    ):
+        monkeypatch.setattr(guidance_table.subprocess, "run", mock.Mock(side_effect=error))
+        assert words in fail(guidance_table, capsys, *options)

@@ -18,7 +18,7 @@ from guided_diffusion.trained_flags import KINDS
 def sampling_flags(**flags):
     same = dict(
         num_samples=7, batch_size=3, use_ddim=True, clip_denoised=True, class_cond=True,
-        in_channels=1, num_classes=4, classes="",
+        in_channels=1, num_classes=4, classes="", use_bf16=False,
     )  # fmt: skip
     return Namespace(**same | flags)
 
@@ -135,7 +135,7 @@ def test_scores_are_those_of_each_image_once(log_dir):
     diffusion = create_gaussian_diffusion(steps=20, noise_schedule="cosine", timestep_respacing="5")
     images = torch.linspace(-1, 1, 7).view(7, 1, 1, 1).expand(7, 1, 4, 4)
     data = [(images[:3], {}), (images[3:6], {}), (images[6:], {})]
-    scores = su.score_images(args, Echo(), diffusion, iter(data))
+    scores = su.score_images(args, Echo(), diffusion, iter(data), 7)
     assert scores["total_bpd"].shape == (5,) and scores["vb"].shape == (5, 5)
     prior = diffusion._prior_bpd(images[:5]).numpy()
     np.testing.assert_allclose(scores["total_bpd"], scores["vb"].sum(1) + prior, rtol=1e-5)

@@ -126,8 +126,8 @@ def test_weight_decay_reaches_the_optimizer_and_its_file(log_dir, diffusion):
     )
 
 
-def test_each_step_is_taken_before_its_annealing(log_dir, diffusion):
-    """As published, update i goes by what update i - 1 left: the first two by the full rate."""
+def test_each_update_goes_by_the_learning_rate_of_its_place(log_dir, diffusion):
+    """Of N annealed updates, the optimizer takes number i, from 0 on, at lr (1 - i / N)."""
     loop = loop_of(Flat(), diffusion, batches(4), loss_fn=squares, lr_anneal_steps=4)
     rates, take_step = [], loop.opt.step
 
@@ -137,7 +137,7 @@ def test_each_step_is_taken_before_its_annealing(log_dir, diffusion):
 
     loop.opt.step = step
     loop.run_loop()
-    torch.testing.assert_close(rates, [1e-2, 1e-2, 0.75e-2, 0.5e-2])
+    torch.testing.assert_close(rates, [1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
 
 @pytest.mark.parametrize("rates", ["0.9,0.5", "0.5,0.9", "0,1", "0.5"])
