@@ -26,7 +26,7 @@ def draw_guided(folder: Path) -> Path:
     classifier_sample.main([
         "--model_path", str(MODELS / "diffusion.pt"),
         "--classifier_path", str(MODELS / "classifier.pt"),
-        "--classifier_scale", "1.0",
+        "--classifier_scale", "2.0",
         "--classes", "0,1,2,3,4,5,6,7,8,9",
         "--num_samples", "100",
         "--batch_size", "50",

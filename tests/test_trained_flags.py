@@ -122,7 +122,7 @@ def test_a_classifier_must_share_the_models_world(name, make):
     """A difference in size, pixels, classes or noise is an error with both values."""
     f = next(f for f in config.all_fields() if f.name == name)
     model, classifier = (
-        make("m", "diffusion model"),
+        make("m", "diffusion model", class_cond=True),
         make("c", "classifier", **{name: other_value(f)}),
     )
     with pytest.raises(ValueError) as error:
@@ -130,6 +130,12 @@ def test_a_classifier_must_share_the_models_world(name, make):
     for word in ("--classifier_path", f"--{name} {other_value(f)}", f"--{name} {f.default}"):
         assert word in str(error.value)
     trained_flags.complete(guided(model, classifier, classifier_scale=0.0))
+
+
+def test_a_model_without_labels_takes_the_classes_of_its_classifier(make):
+    """To an unconditional model the number of classes means nothing: it is the classifier's."""
+    args = guided(make("m", "diffusion model"), make("c", "classifier", num_classes=3))
+    assert trained_flags.complete(args).num_classes == 3
 
 
 def test_to_complete_twice_changes_nothing(make):
