@@ -282,7 +282,8 @@ def gather_objects(value: Any) -> list[Any]:
 def share(name: str, make: Callable[[], str]) -> str:
     """Return on every rank what `make` returned on rank 0, which does not wait for the others.
 
-    Unlike a collective this also serves programs in which rank 0 alone asks.
+    Unlike a collective this also serves programs in which rank 0 alone asks, unless the program
+    made the process group itself: then all ranks must ask.
     """
     if _is_alone():
         return make()
@@ -293,21 +294,6 @@ def share(name: str, make: Callable[[], str]) -> str:
     if is_main():
         _state.store.set(key, make())
     return _state.store.get(key).decode()
-
-
-def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum of a tensor over the ranks, as a new tensor. All ranks call this."""
-    import torch.distributed as dist
-
-    total = tensor.detach().clone()
-    if not _is_alone():
-        dist.all_reduce(total)
-    return total
-
-
-def all_reduce_mean(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the mean of a floating-point tensor over the ranks. All ranks call this."""
-    return all_reduce_sum(tensor) / get_world_size()
 
 
 def sync_params(params: Iterable[torch.Tensor]) -> None:

@@ -119,10 +119,10 @@ def test_sync_params_makes_ranks_equal(ranks):
 
 
 def test_collectives_of_values(ranks):
-    """Objects come from rank 0; sums and means run over all ranks."""
+    """Objects come from rank 0, or from every rank to rank 0 in the order of ranks."""
     for rank in ranks[0]:
         assert rank["broadcast"] == {"rank": 0} and rank["shared"] == ["00", "10"]
-        assert rank["mean"] == 0.5 and rank["sum"] == [1, 2]
+        assert rank["gathered"] == ([] if rank["rank"] else [{"rank": 0}, {"rank": 1}])
 
 
 def test_one_rank_may_load_alone(ranks):

@@ -30,7 +30,6 @@ def main(folder):
     """Try everything that needs other ranks."""
     facts = {"torch_at_import": "torch" in sys.modules, "early_rank": dist_util.get_rank()}
     with dist_util.process_group("cpu"):
-        import torch
         import torch.distributed as dist
 
         dist_util.setup_dist()
@@ -48,8 +47,7 @@ def main(folder):
             "params": [param.float().flatten().tolist() for param in params],
             "broadcast": dist_util.broadcast_object({"rank": rank}),
             "shared": [dist_util.share("name", lambda i=i: f"{i}{rank}") for i in range(2)],
-            "mean": dist_util.all_reduce_mean(torch.tensor(float(rank))).item(),
-            "sum": dist_util.all_reduce_sum(torch.tensor([rank, 1])).tolist(),
+            "gathered": dist_util.gather_objects({"rank": rank}),
             "mpi4py": "mpi4py" in sys.modules,
             "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         }
