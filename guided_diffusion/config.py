@@ -421,7 +421,8 @@ def parse_flags(
     Returns:
         a namespace with every flag, and `given`, the set of names that the user set.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    usage = "%(prog)s [-h] [--FLAG VALUE ...]"
+    parser = _Parser(description=description, usage=usage, allow_abbrev=False)
     values = defaults(*groups) | (overrides or {})
     for group in groups:
         section = parser.add_argument_group(group.__doc__.rstrip("."))
