@@ -4,7 +4,7 @@
     python benchmarks/fashion_classifier.py --out runs/judge.pt
     python benchmarks/fashion_classifier.py --judge runs/judge.pt --score samples_1000x28x28x1.npz
 
-The second command trains a judge (about 4 minutes on 2 cores), writes it to --out and prints its
+The second command trains a judge, writes it to --out and prints its
 accuracy on the real test images; it is deterministic under a seed. The third loads the judge in
 --judge and prints, for samples with their requested labels, two numbers: how often the judge sees
 the requested label, and how diverse the samples of one label are, where real test images are 1.

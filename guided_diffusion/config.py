@@ -32,6 +32,7 @@ from .flag_checks import (
     one_of,
     output_folder,
     respacing,
+    str2bool,
 )
 from .launchers import first_line, read_launch
 
@@ -317,21 +318,6 @@ def fixed_names(*groups: type) -> set[str]:
 
 # --------------------------------------------------------------------------------------------
 # From the command line
-
-
-def str2bool(v: Any) -> bool:
-    """Read yes/true/t/y/1 or no/false/f/n/0, in any case.
-
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
-    if isinstance(v, bool):
-        return v
-    if v.lower() in ("yes", "true", "t", "y", "1"):
-        return True
-    if v.lower() in ("no", "false", "f", "n", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, got {v!r}")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,12 +3,28 @@
 The message that reaches the user is "--flag value" and the phrase, so a phrase names the remedy.
 """
 
+import argparse
 import os
 import re
 from collections.abc import Callable
 from typing import Any
 
 Check = Callable[[Any], "str | None"]  # value -> what is wrong with it, or None
+
+
+def str2bool(v: Any) -> bool:
+    """Read yes/true/t/y/1 or no/false/f/n/0, in any case.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if isinstance(v, bool):
+        return v
+    if v.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if v.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {v!r}")
 
 
 def at_least(low: float) -> Check:

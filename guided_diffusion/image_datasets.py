@@ -62,12 +62,9 @@ def load_data(
         ValueError: The folder is missing, or holds no images or too few, or its classes do not
             fit. A broken image raises it later, from the iterator.
     """
-    if batch_size < 1:
-        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
     paths = find_images(data_dir, flag)
     names = class_names(find_images(classes_from)) if class_cond and classes_from else None
     num_shards = dist_util.get_world_size()
-    shuffle = not (deterministic or once)
     if not once:
         _check_fills_batch(f"{flag} {data_dir!r}", len(paths), batch_size, num_shards)
     if report is not None:
@@ -82,6 +79,7 @@ def load_data(
         random_flip=random_flip and not once,
         in_channels=in_channels,
     )
+    shuffle = not (deterministic or once)
     return _iterate(_make_loader(dataset, batch_size, shuffle, once, num_workers), once)
 
 
@@ -102,6 +100,8 @@ def _make_loader(
     dataset: ImageDataset, batch_size: int, shuffle: bool, once: bool, num_workers: int
 ) -> DataLoader:
     """Return a loader whose items are whole batches, or the ValueError of a broken image."""
+    if batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
     order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
     return DataLoader(
         _Batches(dataset),

@@ -9,6 +9,8 @@ import io
 import math
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -203,9 +205,6 @@ def draw_samples(
         uint8 [N, size, size, C] in the order of index on rank 0, None elsewhere.
     """
 
-    def network(x: Tensor, t: Tensor, y: Tensor | None = None, **cond) -> Tensor:
-        return model(x, t, y=y if args.class_cond else None, **cond)
-
     def condition(indices: range) -> dict[str, Tensor]:
         cond = cond_of(indices) if cond_of else {}
         if labels is not None:
@@ -219,7 +218,7 @@ def draw_samples(
         for indices in _my_batches(args.num_samples, args.batch_size):
             seed_chain(seed, indices.start)
             chain = getattr(diffusion, f"{loop}_progressive")(
-                network,
+                model if args.class_cond else partial(_without_labels, model),
                 (len(indices), *shape),
                 noise=start_noise(seed, indices, shape).to(dist_util.dev()),
                 clip_denoised=args.clip_denoised,
@@ -228,6 +227,11 @@ def draw_samples(
             )
             mine.append((indices, to_uint8(_follow(chain, bar, len(indices), diffusion))))
     return _in_order(mine)
+
+
+def _without_labels(model: nn.Module, x: Tensor, t: Tensor, y: Any = None, **cond) -> Tensor:
+    """Call an unconditional network: the labels in `cond` are for the guidance alone."""
+    return model(x, t, **cond)
 
 
 def _follow(chain: Iterator, bar: tqdm, batch: int, diffusion: GaussianDiffusion) -> Tensor:

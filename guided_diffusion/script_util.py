@@ -11,18 +11,10 @@ from typing import Any
 
 from . import config, dist_util, logger
 from . import gaussian_diffusion as gd
-from .config import defaults, str2bool
+from .config import defaults
+from .flag_checks import str2bool as str2bool  # the published home of the name
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
-
-__all__ = [
-    "NUM_CLASSES", "add_dict_to_argparser", "args_to_dict", "choose_seed",
-    "classifier_and_diffusion_defaults", "classifier_defaults", "create_classifier",
-    "create_classifier_and_diffusion", "create_gaussian_diffusion", "create_model",
-    "create_model_and_diffusion", "diffusion_defaults", "model_and_diffusion_defaults",
-    "sr_create_model", "sr_create_model_and_diffusion", "sr_model_and_diffusion_defaults",
-    "str2bool",
-]  # fmt: skip
 
 NUM_CLASSES = config.PixelConfig.num_classes
 

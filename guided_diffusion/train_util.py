@@ -114,21 +114,25 @@ class TrainLoop:
 
         self.step = 0  # updates taken by this process
         self.resume_step = 0  # updates taken before
+        self._start(use_fp16, fp16_scale_growth, initial_lg_loss_scale)
+
+    # ---------------------------------------------------------------------------------------
+    # Starting, or going on
+
+    def _start(self, use_fp16: bool, scale_growth: float, lg_loss_scale: float) -> None:
+        """Load or begin weights, optimizer and averages, and join the ranks."""
         self._load_model()
         self.mp_trainer = MixedPrecisionTrainer(
             model=self.model,
             use_fp16=use_fp16,
-            fp16_scale_growth=fp16_scale_growth,
-            initial_lg_loss_scale=initial_lg_loss_scale,
+            fp16_scale_growth=scale_growth,
+            initial_lg_loss_scale=lg_loss_scale,
         )
-        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        self.opt = AdamW(self.mp_trainer.master_params, lr=self.lr, weight_decay=self.weight_decay)
         self._load_optimizer()
         self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
         self.use_ddp = dist_util.get_world_size() > 1
         self.ddp_model = self._distribute(self.model) if self.use_ddp else self.model
-
-    # ---------------------------------------------------------------------------------------
-    # Starting, or going on
 
     def _load_model(self) -> None:
         """Load the weights to go on from, if any, and make all ranks agree on them."""

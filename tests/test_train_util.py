@@ -81,8 +81,9 @@ def test_six_steps_agree_with_the_published_code(name, log_tolerance, norm_toler
         np.testing.assert_allclose([v.norm() for v in values], norms, rtol=norm_tolerance)
         most = [v.numel() ** 0.5 * v.norm() for v in values]  # the largest sum of this norm
         errors = np.abs([v.sum() for v in values] - sums) / most
-        # Wider: a bias before a normalization has no gradient but rounding, which Adam amplifies.
-        assert errors.max() < 3 * norm_tolerance
+        # A bias before a normalization has no gradient but rounding, which Adam amplifies.
+        walks = [key.endswith("in_layers.2.bias") for key in REFERENCE["names"]]
+        assert errors[~np.array(walks)].max() < norm_tolerance
 
 
 class Flat(torch.nn.Module):
