@@ -1,0 +1,49 @@
+"""Random numbers as a function of a seed, an index and a purpose, for training and for sampling.
+
+What is drawn for image `index` of a run depends on nothing else: not on the batch it is in, the
+rank that holds it, or what was drawn before. So a run that is stopped and goes on, or that goes on
+with other ranks, draws the same numbers. The generator is NumPy's Philox, which is counter-based.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+# What a stream is for. Streams of one seed and index that differ in it share no number.
+NOISE, LABEL, CHAIN = 0, 1, 2  # of a sample: starting noise, class, noise within the chain
+ORDER = 3  # of an epoch (index = epoch): the order of its images
+AUGMENT, DROP_LABEL = 4, 5  # of a training image: its crop and flip, its label's fate
+TIMESTEP, TRAIN_NOISE = 6, 7  # of a training image: t, and the noise in x_t
+VAL_TIMESTEP, VAL_NOISE = 8, 9  # of a validation image: the same
+START = 10  # of a run (index 0): initial weights; of a rank (index = rank): dropout
+SAMPLE = 11  # of an image drawn while training
+
+
+def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
+    """Return the random numbers of `index`: a counter-based generator, keyed by seed and index.
+
+    Args:
+        seed: 0 to 2**62.
+        index: 0 or more: of an image in its run, of an epoch, of a rank.
+        purpose: one of the constants above.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, purpose]))
+
+
+def normal(seed: int, indices: Iterable[int], purpose: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a standard normal array for each index, float32 [N, *shape]."""
+    indices = list(indices)
+    draws = np.empty((len(indices), *shape), np.float32)
+    for row, index in zip(draws, indices, strict=True):
+        stream(seed, index, purpose).standard_normal(dtype=np.float32, out=row)
+    return draws
+
+
+def uniform(seed: int, indices: Iterable[int], purpose: int) -> np.ndarray:
+    """Return a number in [0, 1) for each index, float64 [N]."""
+    return np.array([stream(seed, index, purpose).random() for index in indices])
+
+
+def derived_seed(seed: int, index: int, purpose: int) -> int:
+    """Return a seed in [0, 2**63) for a generator of another kind."""
+    return int(stream(seed, index, purpose).integers(2**63))
