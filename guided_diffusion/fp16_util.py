@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .sharding import global_norm
+
 INITIAL_LOG_LOSS_SCALE = 20.0
 
 NamedParams: TypeAlias = list[tuple[str, Tensor]]
@@ -135,12 +137,6 @@ def check_overflow(value: float) -> bool:
     return not math.isfinite(value)
 
 
-def _global_norm(tensors: list[Tensor]) -> float:
-    if not tensors:
-        return 0.0
-    return torch.stack(torch._foreach_norm(tensors)).cpu().double().norm().item()
-
-
 class MixedPrecisionTrainer:
     """Steps an optimizer on `master_params`, and keeps the network's weights equal to them.
 
@@ -221,8 +217,8 @@ class MixedPrecisionTrainer:
     def _measure_norms(self, grad_scale: float = 1.0) -> dict[str, float]:
         grads = [param.grad for param in self.master_params if param.grad is not None]
         return {
-            "grad_norm": _global_norm(grads) / grad_scale,
-            "param_norm": _global_norm(list(self.master_params)),
+            "grad_norm": global_norm(grads) / grad_scale,
+            "param_norm": global_norm(list(self.master_params)),
         }
 
     def master_params_to_state_dict(self, master_params: Sequence[Tensor]) -> dict[str, Tensor]:
