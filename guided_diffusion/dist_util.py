@@ -13,16 +13,28 @@ import pickle
 import re
 import socket
 import sys
-import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from .launchers import TIMEOUT, Launch, abort, abort_if_uncaught, first_line, meet, read_launch
+from . import heartbeat
+from .heartbeat import explain as explain  # noqa: PLC0414 - programs look for them here
+from .heartbeat import stage as stage
+from .heartbeat import waiting
+from .launchers import (
+    TIMEOUT,
+    Launch,
+    abort,
+    abort_if_uncaught,
+    first_line,
+    interface_towards,
+    meet,
+    read_launch,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +57,14 @@ _state = State()
 # Setting up
 
 
-def setup_dist(device: str | None = None) -> None:
+def setup_dist(device: str | None = None, timeout: float | None = None) -> None:
     """Pick this rank's device and make the process group; a second call does no harm.
 
     Args:
         device: "cpu", "cuda", "cuda:1" or "mps"; by default a GPU of its own for each rank of
             a host, or the CPU where there is no GPU.
+        timeout: for how many seconds a rank waits for the others before it ends the job, by
+            default half an hour.
     """
     import torch.distributed as dist
 
@@ -58,19 +72,33 @@ def setup_dist(device: str | None = None) -> None:
     if _group_exists():
         if device is not None or _state.device is None:
             _use_device(choose_device(device, launch.local_rank or 0))
-        return
-    if launch.world_size == 1:
+    elif launch.world_size == 1:
         _use_device(choose_device(device))
-        store, backend = dist.HashStore(), "gloo"
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     else:
-        store, launch = meet(launch)
-        chosen, backend, num_local = _agree_on_devices(store, launch, device)
-        _use_device(chosen)
-        _share_cores(num_local)
-    if launch.one_host:
-        _use_loopback()
+        seconds = TIMEOUT.total_seconds() if timeout is None else timeout
+        pulse = heartbeat.start(launch, seconds)
+        with stage("meeting the other ranks", waits=True):
+            _join(launch, pulse, device)
+
+
+def _join(launch: Launch, pulse: heartbeat.Heartbeat, device: str | None) -> None:
+    """Meet the other ranks of this launch and make the process group with them."""
+    import torch.distributed as dist
+
+    timeout = timedelta(seconds=pulse.timeout)
+    store, launch = meet(launch, timeout)
+    pulse.connect(store)
+    chosen, backend, num_local = _agree_on_devices(store, launch, device)
+    _use_device(chosen)
+    _share_cores(num_local)
+    interface = interface_towards(None if launch.one_host else store)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if backend == "nccl":  # its own watchdog ends a rank without a word, so let it come last
+        timeout += timedelta(seconds=2 * heartbeat.GRACE)
     dist.init_process_group(
-        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=TIMEOUT
+        backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
     _state.store = dist.PrefixStore("guided_diffusion/shared", store)
     if launch.launcher == "mpi":
@@ -157,16 +185,8 @@ def _share_cores(num_local: int) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // num_local))
 
 
-def _use_loopback() -> None:
-    """Let gloo talk within the host: what a container calls itself may lead nowhere."""
-    with suppress(OSError, AttributeError):
-        names = {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}
-        for name in names:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
 @contextmanager
-def process_group(device: str | None = None) -> Iterator[None]:
+def process_group(device: str | None = None, timeout: float | None = None) -> Iterator[None]:
     """Run a block between setup_dist() and the end of the group, if this made the group.
 
     In a job of several ranks an exception inside is reported and ends the whole job: the other
@@ -174,34 +194,24 @@ def process_group(device: str | None = None) -> Iterator[None]:
     """
     made_here = not _group_exists()
     try:
-        setup_dist(device)
+        setup_dist(device, timeout)
         yield
         if made_here:
-            barrier()
+            with stage("finishing"):
+                barrier()
     except BaseException as error:
         is_normal_exit = isinstance(error, SystemExit) and not error.code
         if get_world_size() > 1 and not is_normal_exit:
-            _report(error)
+            heartbeat.report_error(error, get_rank())
             abort(1)
         raise
     finally:
         if made_here and _group_exists():
             import torch.distributed as dist
 
+            heartbeat.stop()
             dist.destroy_process_group()
             _state.store = None
-
-
-def _report(error: BaseException) -> None:
-    """Print an error of this rank: one line if it is meant for people, else the traceback."""
-    rank = get_rank()
-    if rank > 0:
-        time.sleep(2)  # an error of all ranks is told by rank 0, which ends the others
-    if isinstance(error, ValueError | SystemExit):
-        text = f"error: {error}"
-    else:
-        text = "".join(traceback.format_exception(error)).rstrip()
-    print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr)
 
 
 # Asking and telling
@@ -254,7 +264,8 @@ def barrier() -> None:
     import torch.distributed as dist
 
     if not _is_alone():
-        dist.barrier(device_ids=[dev().index] if dist.get_backend() == "nccl" else None)
+        with waiting("a barrier"):
+            dist.barrier(device_ids=[dev().index] if dist.get_backend() == "nccl" else None)
 
 
 def broadcast_object(value: Any) -> Any:
@@ -264,7 +275,8 @@ def broadcast_object(value: Any) -> Any:
     if _is_alone():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with waiting("sending a value to all ranks"):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -275,8 +287,54 @@ def gather_objects(value: Any) -> list[Any]:
     if _is_alone():
         return [value]
     box = [None] * get_world_size() if is_main() else None
-    dist.gather_object(value, box, dst=0)
+    with waiting("collecting the values of all ranks"):
+        dist.gather_object(value, box, dst=0)
     return box or []
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Return every rank's value, by rank, on every rank."""
+    import torch.distributed as dist
+
+    if _is_alone():
+        return [value]
+    box = [None] * get_world_size()
+    with waiting("exchanging the values of all ranks"):
+        dist.all_gather_object(box, value)
+    return box
+
+
+def any_rank(*facts: bool) -> tuple[bool, ...]:
+    """Tell for each fact whether it is true on some rank. All ranks call this."""
+    import torch
+    import torch.distributed as dist
+
+    if _is_alone() or not facts:
+        return tuple(map(bool, facts))
+    device = dev() if dist.get_backend() == "nccl" else None
+    flags = torch.tensor([bool(fact) for fact in facts], dtype=torch.uint8, device=device)
+    with waiting("agreeing with the other ranks"):
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return tuple(map(bool, flags.tolist()))  # with nccl it is here that the rank waits
+
+
+def describe_ranks() -> list[str]:
+    """Return on rank 0 the lines of a table of hosts, ranks and devices, elsewhere nothing."""
+    ranks = gather_objects((socket.gethostname(), str(get_rank()), _describe_device()))
+    rows = [("host", "rank", "device"), *ranks] if ranks else []
+    host, rank = (max((len(row[i]) for row in rows), default=0) for i in range(2))
+    return [f"{row[0]:{host}}  {row[1]:>{rank}}  {row[2]}" for row in rows]
+
+
+def _describe_device() -> str:
+    """Return the name of this rank's GPU, or on how many threads it computes."""
+    import torch
+
+    device = dev()
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    threads = torch.get_num_threads()
+    return f"{device}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def share(name: str, make: Callable[[], str]) -> str:
@@ -293,7 +351,8 @@ def share(name: str, make: Callable[[], str]) -> str:
     key = f"{name}/{_state.num_shared[name]}"
     if is_main():
         _state.store.set(key, make())
-    return _state.store.get(key).decode()
+    with waiting(f"sharing {name}"):
+        return _state.store.get(key).decode()
 
 
 def sync_params(params: Iterable[torch.Tensor]) -> None:
@@ -304,7 +363,7 @@ def sync_params(params: Iterable[torch.Tensor]) -> None:
     if _is_alone():
         return
     device = dev() if dist.get_backend() == "nccl" else None
-    with torch.no_grad():
+    with torch.no_grad(), waiting("copying rank 0's tensors"):
         for param in params:
             # As bytes, since the backends do not know every dtype.
             whole = param.detach().to(device).contiguous()

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+import struct
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others before it gives up
+
+SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 
 # (rank, world size, rank within the host) in the words of each MPI launcher
 MPI_VARIABLES = (
@@ -81,28 +85,28 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
-def meet(launch: Launch) -> tuple[Store, Launch]:
+def meet(launch: Launch, timeout: timedelta = TIMEOUT) -> tuple[Store, Launch]:
     """Return a store that all ranks reach, and the launch completed by what MPI knows."""
-    return MEETINGS[launch.launcher](launch)
+    return MEETINGS[launch.launcher](launch, timeout)
 
 
-def _meet_by_env(launch: Launch) -> tuple[Store, Launch]:
+def _meet_by_env(launch: Launch, timeout: timedelta) -> tuple[Store, Launch]:
     """Meet as torchrun arranged it."""
     from torch.distributed.rendezvous import rendezvous
 
-    return next(rendezvous("env://", timeout=TIMEOUT))[0], launch
+    return next(rendezvous("env://", timeout=timeout))[0], launch
 
 
-def _meet_by_slurm(launch: Launch) -> tuple[Store, Launch]:
+def _meet_by_slurm(launch: Launch, timeout: timedelta) -> tuple[Store, Launch]:
     """Meet on the first host of the job step, at a port that follows from the job's number."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     host = "localhost" if launch.one_host else first_host(nodes)
     number = int(os.environ.get("SLURM_JOB_ID", 0)) + int(os.environ.get("SLURM_STEP_ID", 0))
     port = int(os.environ.get("MASTER_PORT") or 15000 + number % 15000)
-    return _open_store(os.environ.get("MASTER_ADDR") or host, port, launch), launch
+    return _open_store(os.environ.get("MASTER_ADDR") or host, port, launch, timeout), launch
 
 
-def _meet_by_mpi(launch: Launch) -> tuple[Store, Launch]:
+def _meet_by_mpi(launch: Launch, timeout: timedelta) -> tuple[Store, Launch]:
     """Meet at an address that rank 0 picks and tells the others over MPI."""
     mpi = _import_mpi(launch)
     host_comm = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
@@ -113,26 +117,26 @@ def _meet_by_mpi(launch: Launch) -> tuple[Store, Launch]:
     if launch.rank == 0:
         host = os.environ.get("MASTER_ADDR") or ("localhost" if one_host else socket.gethostname())
         try:
-            store = _open_store(host, int(os.environ.get("MASTER_PORT") or 0), launch)
+            store = _open_store(host, int(os.environ.get("MASTER_PORT") or 0), launch, timeout)
             address = (host, store.port)
         except ValueError as error:
             address = error  # to be raised on every rank
     address = mpi.COMM_WORLD.bcast(address)
     if isinstance(address, ValueError):
         raise address
-    return store or _open_store(*address, launch), launch
+    return store or _open_store(*address, launch, timeout), launch
 
 
 MEETINGS = {"env": _meet_by_env, "slurm": _meet_by_slurm, "mpi": _meet_by_mpi}
 
 
-def _open_store(host: str, port: int, launch: Launch) -> Store:
+def _open_store(host: str, port: int, launch: Launch, timeout: timedelta) -> Store:
     """Reach the store at this address; rank 0 serves it (port 0: at any free port)."""
     import torch.distributed as dist
 
     serve = launch.rank == 0
     try:
-        return dist.TCPStore(host, port, None, serve, TIMEOUT, wait_for_workers=False)
+        return dist.TCPStore(host, port, None, serve, timeout, wait_for_workers=False)
     except RuntimeError as error:
         raise ValueError(
             f"rank {launch.rank} cannot meet the others at {host}:{port} ({first_line(error)}); "
@@ -157,6 +161,37 @@ def _import_mpi(launch: Launch) -> Any:
             "library (pip install mpi4py mpich brings both), or use torchrun"
         )
     return MPI
+
+
+def interface_towards(store: Store | None) -> str | None:
+    """Return the network interface by which this host reaches the store, if that can be found.
+
+    What a container calls itself may lead nowhere, so gloo is told where to talk.
+
+    Args:
+        store: the TCPStore of rank 0, or None if all ranks are on this host.
+    """
+    with suppress(OSError, AttributeError, ImportError):
+        names = [name for _, name in socket.if_nameindex()]
+        if store is None:
+            return next((name for name in names if name in ("lo", "lo0")), None)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((store.host, store.port))  # chooses a route, sends nothing
+            mine = probe.getsockname()[0]
+            found = [name for name in names if _read_address(probe, name) == mine]
+        # The loopback would be the name of this host in its own list, of no use to the others.
+        return found[0] if found and not mine.startswith("127.") else None
+    return None
+
+
+def _read_address(any_socket: socket.socket, interface: str) -> str | None:
+    """Return the IPv4 address of a network interface, on Linux."""
+    import fcntl
+
+    request = struct.pack("256s", interface.encode()[:15])
+    with suppress(OSError):
+        return socket.inet_ntoa(fcntl.ioctl(any_socket, SIOCGIFADDR, request)[20:24])
+    return None
 
 
 def abort_if_uncaught() -> None:

@@ -1,0 +1,389 @@
+"""Who is in which stage: what it takes to say which rank a job failed on, and in which stage.
+
+`stage()` names what this process does. In a job of several ranks each one tells the others its
+stage about once a second, through the store by which they met, over a connection of its own. When
+a rank waits for the others in vain, `explain()` names those who let it wait. A wait that does not
+even fail is ended from outside. Importing this module costs no import of torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from .launchers import Launch, abort, first_line
+
+BEAT = 1.0  # seconds between two signs of life
+SILENCE = 4.0  # seconds without one, after which a rank counts as dead or stopped
+GRACE = 5.0  # seconds past the timeout, after which a wait that did not fail is ended
+
+LESS_MEMORY = (
+    "use a smaller --batch_size or, in training, a smaller --microbatch, --use_checkpoint True, "
+    "--use_bf16 True"
+)
+# What gloo and nccl write into a RuntimeError, unlike the store, which has errors of its own.
+BETWEEN_RANKS = re.compile(r"gloo|nccl|connection (closed|reset|refused)|timed out waiting", re.I)
+
+_stages: list[Stage] = []  # entered and not left, the innermost last
+_failed: list[Stage] = []  # the one that an error left first; empty once another is entered
+_pulse: list[Heartbeat] = []  # of this process, if it is in a job of several ranks
+
+
+class Stage:
+    """What the main thread does between entering and leaving this context."""
+
+    __slots__ = ("name", "since", "until", "waits")
+
+    def __init__(self, name: str, waits: bool = False):
+        self.name = name
+        self.waits = waits
+        self.since = self.until = None
+
+    def __enter__(self) -> Stage:
+        self.since = time.monotonic()
+        _failed.clear()
+        _stages.append(self)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        _stages.pop()
+        if error is not None and not _failed:
+            self.until = time.monotonic()
+            _failed.append(self)
+
+    def age(self) -> float:
+        """Return for how many seconds this stage has gone on, or went on until it failed."""
+        return (self.until or time.monotonic()) - self.since
+
+
+def stage(name: str, waits: bool = False) -> Stage:
+    """Name what the main thread does in a `with` block, for the errors of this and other ranks.
+
+    Args:
+        name: completes "in stage ...", such as "averaging gradients".
+        waits: True if the block does nothing but wait for other ranks. It then ends the job
+            when it takes much longer than the timeout of the job.
+    """
+    return Stage(name, waits)
+
+
+def waiting(name: str) -> Stage:
+    """Return a stage that waits, named as the present one or else as told."""
+    return Stage(_stages[-1].name if _stages else name, waits=True)
+
+
+def _present() -> Stage | None:
+    """Return the stage of the main thread: the innermost, or the one in which it failed."""
+    for stages in (_stages, _failed):
+        if stages:
+            return stages[-1]
+    return None
+
+
+# Telling and hearing
+
+
+@dataclass
+class Sign:
+    """The last sign of life of another rank."""
+
+    said: dict[str, Any]
+    heard: float  # when it was first seen, by the clock of this rank
+
+    def silence(self) -> float:
+        """Return for how many seconds nothing new has come."""
+        return time.monotonic() - self.heard
+
+
+class Heartbeat:
+    """Tells the other ranks what this one does, and hears them when it has to wait.
+
+    Two threads: one talks to the store and may be stuck with it; the other watches the main
+    thread, and needs nobody's answer to end the process.
+    """
+
+    def __init__(self, launch: Launch, timeout: float):
+        self.launch = launch
+        self.timeout = timeout
+        self.store = None
+        self.answered = time.monotonic()  # when the store last did
+        self.signs: dict[int, Sign] = {}
+        self.listening: float | None = None  # since when
+        self.num_beats = 0
+        self.last_words: str | None = None
+        self.job_over: float | None = None  # since when this rank knows
+        self._stop, self._wake, self._told = (threading.Event() for _ in range(3))
+        self._threads = [self._start(self._watch)]
+
+    def _start(self, loop: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(target=loop, name="heartbeat", daemon=True)
+        thread.start()
+        return thread
+
+    def connect(self, store: Any) -> None:
+        """Begin to beat, over another connection to the server of this TCPStore."""
+        import torch.distributed as dist
+
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        seconds = timedelta(seconds=max(5.0, self.timeout))
+        own = dist.TCPStore(store.host, store.port, None, False, seconds, wait_for_workers=False)
+        self.store = dist.PrefixStore(f"guided_diffusion/heartbeat/{attempt}", own)
+        self._threads.append(self._start(self._beat))
+
+    def stop(self) -> None:
+        """End the threads, before the store or the interpreter goes away."""
+        self._stop.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(timeout=3 * BEAT)
+
+    def say_last_words(self, words: str) -> None:
+        """Tell the others that this rank ends the job, and why ("" if it is but a victim)."""
+        self.last_words = words
+        if self.store is not None:
+            self._wake.set()
+            self._told.wait(BEAT)
+
+    # The thread that talks to the store
+
+    def _beat(self) -> None:
+        """Tell, and hear, once a second; end with the store."""
+        try:
+            while not self._stop.is_set() and self._store_says() != b"end":
+                self._tell()
+                if self._wants_to_know():
+                    self._listen()
+                self._wake.wait(BEAT)
+                self._wake.clear()
+            self._leave()
+        except Exception:  # of whatever kind: the server is gone, as answered will tell
+            return
+
+    def _store_says(self) -> bytes:
+        """Return why the job is over, or nothing; know from the answer that the store lives."""
+        over = self.store.get("over") if self.store.check(["over"]) else b""
+        self.answered = time.monotonic()
+        if over == b"error" and self.last_words is None and self.job_over is None:
+            self.job_over = self.answered
+        return over
+
+    def _tell(self) -> None:
+        """Give one sign of life."""
+        now, self.num_beats = _present(), self.num_beats + 1
+        said = {
+            "beat": self.num_beats,
+            "host": socket.gethostname(),
+            "stage": now and now.name,
+            "age": now and now.age(),
+            "waits": now is not None and (now.waits or now.until is not None),
+            "last_words": self.last_words,
+        }
+        self.store.set(str(self.launch.rank), json.dumps(said))
+        if self.last_words is not None:
+            self.store.set("over", "error")
+            self._store_says()  # answered only after the store took the lines above
+            self._told.set()
+
+    def _wants_to_know(self) -> bool:
+        """Tell whether to hear the others: not before this rank has waited or failed."""
+        now = _present()
+        waits = now is not None and (now.waits or now.until is not None)
+        if waits and (now.until or now.age() > BEAT):
+            return True
+        self.listening = None
+        self.signs.clear()
+        return False
+
+    def _listen(self) -> None:
+        """Read the last sign of each other rank."""
+        for rank in map(str, range(self.launch.world_size)):
+            if rank == str(self.launch.rank) or not self.store.check([rank]):
+                continue
+            said, old = json.loads(self.store.get(rank)), self.signs.get(int(rank))
+            if old is None or old.said["beat"] != said["beat"]:
+                self.signs[int(rank)] = Sign(said, time.monotonic())
+        self.answered = time.monotonic()
+        self.listening = self.listening or self.answered
+
+    def _leave(self) -> None:
+        """Sign off; the rank that serves the store lets the others do so first."""
+        gone = self.store.add("gone", 1)
+        if self.launch.rank > 0 or self.launch.launcher == "env":
+            return
+        self.store.set("over", "end")
+        deadline = time.monotonic() + 2 * BEAT
+        while gone < self.launch.world_size and time.monotonic() < deadline:
+            time.sleep(0.02)
+            gone = self.store.add("gone", 0)
+
+    # The thread that watches
+
+    def _watch(self) -> None:
+        """End the process if it waits far too long, or long after another rank ended the job."""
+        while not self._stop.wait(BEAT / 2):
+            now = _stages[-1] if _stages else None
+            if now is not None and now.waits and now.age() > self.timeout + GRACE:
+                self._end(self.name_cause("no answer"))
+            if self.job_over is not None and time.monotonic() - self.job_over > 2 * GRACE:
+                self._end("another rank ended the job, and this one went on")
+
+    def _end(self, line: str) -> None:
+        report(f"error: {line}", self.launch.rank)
+        self.say_last_words("")
+        abort(1)
+
+    # What is known
+
+    def name_cause(self, symptom: str) -> str:
+        """Say in one line who let this rank wait, and in which stage it did."""
+        self._hear_out()
+        now = _present()
+        mine = f"in stage {now.name!r} for {now.age():.0f} s" if now else "outside any stage"
+        causes = self._find_causes()
+        shown = "; ".join(causes[:4]) + (f"; and {len(causes) - 4} more" if causes[4:] else "")
+        return f"{shown}; rank {self.launch.rank} waited {mine} ({symptom})"
+
+    def _hear_out(self) -> None:
+        """Wait until a silence would have been noticed, or a rank has told its last words."""
+        self._wake.set()
+        deadline = time.monotonic() + SILENCE + 2 * BEAT
+        while self.store is not None and time.monotonic() < deadline:
+            since = self.listening
+            if self._store_is_lost() or (since and time.monotonic() - since > SILENCE):
+                return
+            if any(sign.said["last_words"] for sign in list(self.signs.values())):
+                return
+            time.sleep(0.1)
+
+    def _store_is_lost(self) -> bool:
+        return time.monotonic() - self.answered > SILENCE
+
+    def _find_causes(self) -> list[str]:
+        """Name the ranks that are to blame: those that failed, else the silent, else the late."""
+        if self.store is None:
+            return ["some rank did not come"]
+        if self._store_is_lost():
+            silence = time.monotonic() - self.answered
+            served = "the launcher" if self.launch.launcher == "env" else "rank 0"
+            return [f"{served}, which serves the store, cannot be reached since {silence:.0f} s"]
+        absent = set(range(self.launch.world_size)) - {self.launch.rank, *self.signs}
+        found = [
+            [name_failed(rank, sign) for rank, sign in sorted(self.signs.items())],
+            [f"rank {rank} has not come" for rank in sorted(absent)],
+            [name_silent(rank, sign) for rank, sign in sorted(self.signs.items())],
+            [name_late(rank, sign, _present()) for rank, sign in sorted(self.signs.items())],
+        ]
+        named = (list(filter(None, causes)) for causes in found)
+        return next(filter(None, named), ["every rank waits there, each for another"])
+
+
+def name_failed(rank: int, sign: Sign) -> str | None:
+    """Name a rank that told why it ended."""
+    words = sign.said["last_words"]
+    return f"rank {rank} on {sign.said['host']} failed: {words}" if words else None
+
+
+def name_silent(rank: int, sign: Sign) -> str | None:
+    """Name a rank whose heart stopped, unless it said so."""
+    if sign.silence() <= SILENCE - BEAT or sign.said["last_words"] is not None:
+        return None
+    where = f"last seen in stage {sign.said['stage']!r}" if sign.said["stage"] else "in no stage"
+    return f"rank {rank} on {sign.said['host']} has been silent for {sign.silence():.0f} s, {where}"
+
+
+def name_late(rank: int, sign: Sign, mine: Stage | None) -> str | None:
+    """Name a rank that does something else than wait where this one waits."""
+    said = sign.said
+    if said["stage"] is None:
+        return f"rank {rank} on {said['host']} is busy outside any stage"
+    if said["waits"] and mine is not None and said["stage"] == mine.name:
+        return None
+    age = said["age"] + sign.silence()
+    return f"rank {rank} on {said['host']} is still in stage {said['stage']!r}, for {age:.0f} s"
+
+
+# Of this process
+
+
+def start(launch: Launch, timeout: float) -> Heartbeat:
+    """Begin to watch the waits of this process; `connect()` then makes its heart beat."""
+    _pulse[:] = [Heartbeat(launch, timeout)]
+    atexit.register(stop)
+    return _pulse[0]
+
+
+def stop() -> None:
+    """End the heartbeat of this process, if it has one."""
+    while _pulse:
+        _pulse.pop().stop()
+    atexit.unregister(stop)
+
+
+# Errors
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the line to show people for an error, or None if its traceback should be shown.
+
+    An error between ranks is explained by what the others last told; to hear them takes some
+    seconds.
+    """
+    if is_between_ranks(error):
+        symptom = re.sub(r"^\[[^\]]*\]\s*", "", first_line(error))
+        return _pulse[0].name_cause(symptom) if _pulse else _place(symptom)
+    if isinstance(error, ValueError | OSError):
+        return " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    ):
+        return f"out of memory ({first_line(error)}): {LESS_MEMORY}"
+    return None
+
+
+def is_between_ranks(error: BaseException) -> bool:
+    """Tell whether an error came from a collective or the store, not from this rank alone."""
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and bool(BETWEEN_RANKS.search(str(error)))
+
+
+def _place(symptom: str) -> str:
+    now = _present()
+    return f"{symptom}, in stage {now.name!r} for {now.age():.0f} s" if now else symptom
+
+
+def report_error(error: BaseException, rank: int) -> None:
+    """Print what ends this rank, for people in one line, and tell it the other ranks."""
+    if isinstance(error, SystemExit):
+        line = None if isinstance(error.code, int) else str(error.code)
+    else:
+        line = explain(error)
+    words = "" if is_between_ranks(error) else line or f"{type(error).__name__}: {error}"
+    if _pulse:
+        _pulse[0].say_last_words(" ".join(words.split()))
+    if line is None or os.environ.get("GUIDED_DIFFUSION_TRACEBACK"):
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        line = f"{trace}\nerror: {line}" if line else trace
+        report(line, rank)
+    else:
+        report(f"error: {line}", rank)
+
+
+def report(text: str, rank: int) -> None:
+    """Print an error on stderr; of one that all ranks have, rank 0 tells and ends the others."""
+    if rank > 0:
+        time.sleep(2)
+    print(text if rank == 0 else f"rank {rank}: {text}", file=sys.stderr, flush=True)
