@@ -1,32 +1,63 @@
-"""Image folders as endless batches: finding the files, their classes, decoding and cropping.
+"""Images as an endless stream of batches, in an order that depends on a seed alone.
 
-An image's class is the part of its file name before the first "_"; folders do not matter. The
-sorted class names are numbered from 0, as text, so pad numbers with zeros ("02" before "10").
+Image number k of a run is entry k mod N of epoch k // N, and each epoch has an order of its own.
+A step takes the next numbers, and its ranks share them out; so whoever knows how many images a run
+has seen can go on with it, with as many ranks as there are now.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import signal
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
-from . import dist_util
+from . import dist_util, streams
+from .class_labels import class_numbers, describe_classes, label_entries
+from .data_sources import Source, _list_image_files_recursively, find_images, open_source
+from .image_decoding import (
+    BadImage,
+    center_crop_arr,
+    guard,
+    random_crop_arr,
+    read_image,
+    to_array,
+)
+
+__all__ = [
+    "ImageDataset",
+    "ImageStream",
+    "add_low_res",
+    "center_crop_arr",
+    "class_numbers",
+    "find_images",
+    "load_data",
+    "random_crop_arr",
+    "read_image",
+    "_list_image_files_recursively",
+]
 
 Batch = tuple[Tensor, dict[str, Tensor]]  # images [N, C, H, W] in [-1, 1]; {} or {"y": [N]}
+Picks = list[tuple[int, int]]  # what a batch holds: numbers within the run, and their entries
 
-EXTENSIONS = ("jpg", "jpeg", "png", "gif")  # in any case
 PIL_MODES = {1: "L", 3: "RGB"}  # number of channels -> what Pillow converts to
-MAX_CLASSES_SHOWN = 12
+MAX_WORKERS = 8  # by default
+PREFETCH = 2  # batches that each worker decodes ahead
+LOCAL_SIZES = (
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+    "MPI_LOCALNRANKS",
+    "SLURM_NTASKS_PER_NODE",
+)
 
 
 def load_data(
@@ -41,93 +72,339 @@ def load_data(
     in_channels: int = 3,
     num_classes: int | None = None,
     once: bool = False,
-    num_workers: int = 1,
+    num_workers: int | None = None,
     report: Callable[[str], None] | None = None,
-    classes_from: str | None = None,
+    classes: Sequence[str] | None = None,
     flag: str = "--data_dir",
-) -> Iterator[Batch]:
-    """Check a folder of images and its subfolders, then return an iterator over batches of them.
+    seed: int | None = None,
+    labels: str = "filename",
+    skip_bad_images: bool = False,
+    label_dropout: float = 0.0,
+    prepare: Callable[[Tensor, dict[str, Tensor]], Batch] | None = None,
+) -> ImageStream:
+    """Check a source of images, then return an iterator over batches of them.
 
     A batch is float32 images [N, C, image_size, image_size] in [-1, 1] and a dict, which under
-    class_cond holds the class numbers "y", int64 [N]. Rank r of w sees the images r, r + w, ...
+    class_cond holds the class numbers "y", int64 [N]. All ranks call this with equal arguments.
 
-    By default the batches are shuffled, always full, and go on for ever; `deterministic` keeps
-    the order of the files. `once` goes through the data a single time, in order, neither flipped
-    nor randomly cropped; then the last batch may be short, and one rank may get a batch more than
-    another. `in_channels` 3 decodes colour, 1 grey. More classes than `num_classes`, if given,
-    are an error. `num_workers` processes decode beside the caller; 0 decodes in the caller.
-    `report` is called with one line about the images found, on every rank.
+    Args:
+        data_dir: A folder tree, a .zip, an .npz or an LMDB folder.
+        batch_size: Images in a batch of one rank.
+        image_size: Height and width of the batches.
+        class_cond: Whether to read labels.
+        deterministic: Keep the order of the files in every epoch.
+        random_crop: Cut out squares at random instead of the central one.
+        random_flip: Mirror every other image, by chance.
+        in_channels: 3 decodes colour, 1 grey.
+        num_classes: Upper limit on the classes, and the null class of label_dropout.
+        once: Go through the data a single time, in order, neither flipped nor randomly cropped;
+            rank r of w sees the entries r, r + w, ..., and the last batch may be short.
+        num_workers: Processes that decode; 0 decodes in the caller, None follows the cores.
+        report: Called with lines about the data, on every rank.
+        classes: Class names by number, if not the data's own: those of the training data.
+        flag: Whom errors about data_dir name.
+        seed: Of order, crops, flips and label dropout; None draws one from torch's generator.
+        labels: "filename", "folder", or the path of a .json or .csv file.
+        skip_bad_images: Put the next good image in the place of a broken one.
+        label_dropout: Share of the labels that become num_classes. So trained, one network serves
+            both parts of classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598).
+        prepare: Called on each batch in the worker; returns the batch to hand out.
 
     Raises:
-        ValueError: The folder is missing, or holds no images or too few, or its classes do not
-            fit. A broken image raises it later, from the iterator.
+        ValueError: The data is missing or empty, or its classes do not fit. A broken image raises
+            it later, from the iterator.
     """
-    paths = find_images(data_dir, flag)
-    names = class_names(find_images(classes_from)) if class_cond and classes_from else None
-    num_shards = dist_util.get_world_size()
-    if not once:
-        _check_fills_batch(f"{flag} {data_dir!r}", len(paths), batch_size, num_shards)
-    if report is not None:
-        report(describe(paths, class_cond, names))
-    dataset = ImageDataset(
-        image_size,
-        paths,
-        classes=class_numbers(paths, num_classes, names) if class_cond else None,
-        shard=dist_util.get_rank(),
-        num_shards=num_shards,
-        random_crop=random_crop and not once,
-        random_flip=random_flip and not once,
-        in_channels=in_channels,
-    )
-    shuffle = not (deterministic or once)
-    return _iterate(_make_loader(dataset, batch_size, shuffle, once, num_workers), once)
-
-
-def _check_fills_batch(source: str, num_images: int, batch_size: int, num_shards: int) -> None:
-    """Raise ValueError unless the smallest shard fills a batch, else the loop would never yield."""
-    smallest = num_images // num_shards
-    if smallest >= batch_size:
-        return
-    ranks = f" on each of {num_shards} ranks" if num_shards > 1 else ""
-    remedy = f"use --batch_size {smallest} or less" if smallest else "start fewer ranks"
-    raise ValueError(
-        f"{source} holds {num_images:,} images, too few for --batch_size "
-        f"{batch_size}{ranks}: {remedy}, or add images"
-    )
-
-
-def _make_loader(
-    dataset: ImageDataset, batch_size: int, shuffle: bool, once: bool, num_workers: int
-) -> DataLoader:
-    """Return a loader whose items are whole batches, or the ValueError of a broken image."""
     if batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
-    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
-    return DataLoader(
-        _Batches(dataset),
-        sampler=BatchSampler(order, batch_size, drop_last=not once),
-        batch_size=None,  # the sampler groups the indices already
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_ignore_interrupts,
+    report = report or (lambda line: None)
+    source = open_source(data_dir, flag)
+    numbers = names = None
+    if class_cond:
+        numbers, names = label_entries(source, labels, num_classes, classes)
+    report(describe(source, numbers, names))
+    if seed is None:
+        seed = 0 if once else _draw_seed()  # a single pass leaves nothing to chance
+    batches = _Batches(
+        source=source,
+        resolution=image_size,
+        mode=_mode(in_channels),
+        random_crop=random_crop and not once,
+        random_flip=random_flip and not once,
+        seed=seed,
+        numbers=numbers,
+        label_dropout=label_dropout,
+        null_class=num_classes,
+        skip_bad_images=skip_bad_images,
+        prepare=prepare,
+    )
+    world_size = dist_util.get_world_size()
+    if once:
+        plan = partial(single_pass, len(source))
+    else:
+        plan = partial(endless_batches, EpochOrder(len(source), None if deterministic else seed))
+        if len(source) < batch_size * world_size:
+            report(
+                f"{len(source):,} images are fewer than the {batch_size * world_size:,} of a step: "
+                "each is shown more than once in it"
+            )
+    return ImageStream(
+        batches,
+        partial(plan, batch_size, dist_util.get_rank(), world_size),
+        batch_size * world_size,
+        default_num_workers(world_size) if num_workers is None else num_workers,
+        report,
+        names,
     )
 
 
-def _ignore_interrupts(_worker: int) -> None:
-    """Leave Ctrl-C to the main process, which may want one more batch before it stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _draw_seed() -> int:
+    """Return a seed from rank 0's torch generator, the same on all ranks."""
+    return int(dist_util.share("data_seed", lambda: str(torch.randint(2**62, ()).item())))
 
 
-def _iterate(loader: DataLoader, once: bool) -> Iterator[Batch]:
-    """Yield the loader's batches, once or for ever; raise what a worker has handed over."""
+def _mode(in_channels: int) -> str:
+    """Return what images of this many channels are called by Pillow."""
+    if in_channels not in PIL_MODES:
+        raise ValueError(f"--in_channels must be 3 (colour) or 1 (grey), got {in_channels}")
+    return PIL_MODES[in_channels]
+
+
+def default_num_workers(world_size: int) -> int:
+    """Return how many cores each rank of this host has for decoding, from 1 to MAX_WORKERS.
+
+    How many ranks the host has is what the launcher says, else all of them. If each rank is bound
+    to cores of its own, this is less than could be: then say --num_workers.
+    """
+    bound = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    told = [int(os.environ[name]) for name in LOCAL_SIZES if os.environ.get(name, "").isdigit()]
+    return min(MAX_WORKERS, max(1, len(bound) // max(1, *told[:1], world_size * (not told))))
+
+
+def describe(
+    source: Source, numbers: np.ndarray | None = None, names: Sequence[str] | None = None
+) -> str:
+    """Say in one line how many images there are, and of which classes if they are numbered."""
+    line = f"{len(source):,} images from {source.describe()}"
+    if numbers is None:
+        return line
+    counts = np.bincount(numbers, minlength=len(names)).tolist()
+    return f"{line}, {describe_classes(names, counts)}"
+
+
+# Which images a step shows
+
+
+class EpochOrder:
+    """Which entry each image number of a run is.
+
+    Args:
+        num_entries: N, the number of entries.
+        seed: Of the epochs' orders; None for the order of the entries in every epoch.
+    """
+
+    def __init__(self, num_entries: int, seed: int | None):
+        self.num_entries = num_entries
+        self.seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._draw)  # a batch may lie across two
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        if self.seed is None:
+            return np.arange(self.num_entries)
+        return streams.stream(self.seed, epoch, streams.ORDER).permutation(self.num_entries)
+
+    def picks(self, start: int, stop: int) -> Picks:
+        """Return the image numbers from start to stop, each with its entry."""
+        entries = []
+        while (number := start + len(entries)) < stop:
+            epoch, done = divmod(number, self.num_entries)
+            entries += self._epoch(epoch)[done : done + stop - number].tolist()
+        return list(zip(range(start, stop), entries, strict=True))
+
+
+def endless_batches(
+    order: EpochOrder, batch_size: int, rank: int, world_size: int, start: int
+) -> Iterator[Picks]:
+    """Yield one rank's part of each step, for ever; the first step begins at number `start`."""
     while True:
-        for item in loader:
-            if isinstance(item, ValueError):
-                del loader  # its worker would live on in this frame, which the traceback keeps
-                raise item
-            yield item
-        if once:
-            return
+        mine = start + rank * batch_size
+        yield order.picks(mine, mine + batch_size)
+        start += world_size * batch_size
+
+
+def single_pass(
+    num_entries: int, batch_size: int, rank: int, world_size: int, start: int
+) -> Iterator[Picks]:
+    """Yield every world_size-th entry from start + rank on, a batch at a time, to the last."""
+    mine = range(start + rank, num_entries, world_size)
+    for at in range(0, len(mine), batch_size):
+        yield [(entry, entry) for entry in mine[at : at + batch_size]]
+
+
+class ImageStream(Iterator):
+    """An iterator over batches that can be sent to any image number of the run.
+
+    Workers start with the first batch after construction or `seek`.
+
+    Attributes:
+        classes: Class names by number; None without labels.
+        class_counts: Number of images of each; None without labels.
+        num_entries: Number of images in the source.
+        position: The image number at which the next step begins.
+    """
+
+    def __init__(
+        self,
+        batches: _Batches,
+        plan: Callable[[int], Iterator[Picks]],
+        step: int,
+        num_workers: int,
+        report: Callable[[str], None],
+        classes: list[str] | None = None,
+    ):
+        self.num_entries = len(batches.source)
+        self.classes = classes
+        self.class_counts = None
+        if classes is not None:
+            self.class_counts = np.bincount(batches.numbers, minlength=len(classes)).tolist()
+        self.position = 0
+        self._batches, self._plan, self._step = batches, plan, step
+        self._num_workers, self._report = num_workers, report
+        self._items, self._is_over, self._bad = None, False, set()
+
+    @property
+    def num_bad(self) -> int:
+        """Number of broken images skipped so far by this rank."""
+        return len(self._bad)
+
+    def seek(self, image_number: int) -> None:
+        """Let the next batch begin at this image number of the run, whatever came before."""
+        self.close()
+        self.position, self._is_over = image_number, False
+
+    def close(self) -> None:
+        """End the workers. The next batch, if one is asked for, starts new ones."""
+        self._items = None
+
+    def __next__(self) -> Batch:
+        if self._is_over:
+            raise StopIteration
+        if self._items is None:
+            self._items = iter(self._make_loader())
+        try:
+            item = next(self._items)
+        except StopIteration:
+            self.close()
+            self._is_over = True
+            raise
+        if isinstance(item, ValueError):
+            self.close()  # else the traceback would keep the workers alive
+            raise item
+        images, cond, bad = item
+        self.position += self._step
+        self._tell(bad)
+        return images, cond
+
+    def _make_loader(self) -> DataLoader:
+        """Return a loader whose items are whole batches, or the ValueError of a broken image."""
+        return DataLoader(
+            self._batches,
+            sampler=self._plan(self.position),
+            batch_size=None,  # the plan groups the entries already
+            num_workers=self._num_workers,
+            prefetch_factor=PREFETCH if self._num_workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+
+    def _tell(self, bad: list[tuple[str, str]]) -> None:
+        """Report each broken image once."""
+        for path, reason in bad:
+            if path not in self._bad:
+                self._bad.add(path)
+                self._report(f"skipped: {path} ({reason})")
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Leave signals to the main process, which wants a few more batches before it stops."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+@dataclass
+class _Batches(Dataset):
+    """What workers do: from a list of picks to a batch."""
+
+    source: Source
+    resolution: int
+    mode: str
+    random_crop: bool
+    random_flip: bool
+    seed: int
+    numbers: np.ndarray | None  # the class of each entry
+    label_dropout: float
+    null_class: int | None
+    skip_bad_images: bool
+    prepare: Callable[[Tensor, dict[str, Tensor]], Batch] | None
+    known_bad: dict[int, BadImage] = field(default_factory=dict)
+
+    def __getitem__(self, picks: Picks) -> tuple[Tensor, dict, list[tuple[str, str]]] | ValueError:
+        bad, arrays, entries = {}, [], []
+        # Returned and not raised: torch would wrap what a worker raises into its traceback.
+        try:
+            for number, entry in picks:
+                image, entry = self._read_good(entry, bad)
+                arrays.append(self._to_array(image, number))
+                entries.append(entry)
+        except ValueError as error:
+            return ValueError(str(error))
+        images = torch.from_numpy(np.stack(arrays))  # [N, C, H, W]
+        cond = {} if self.numbers is None else {"y": self._labels(picks, entries)}
+        if self.prepare is not None:
+            images, cond = self.prepare(images, cond)
+        return images, cond, list(bad.items())
+
+    def _to_array(self, image: Image.Image, number: int) -> np.ndarray:
+        rng = random.Random(streams.derived_seed(self.seed, number, streams.AUGMENT))
+        return to_array(image, self.resolution, self.random_crop, self.random_flip, rng)
+
+    def _labels(self, picks: Picks, entries: list[int]) -> Tensor:
+        """Return the classes of entries, some dropped, int64 [N]."""
+        y = torch.from_numpy(self.numbers[entries])
+        if not self.label_dropout:
+            return y
+        draws = streams.uniform(self.seed, [number for number, _ in picks], streams.DROP_LABEL)
+        return y.masked_fill(torch.from_numpy(draws < self.label_dropout), self.null_class)
+
+    def _read_good(self, entry: int, bad: dict[str, str]) -> tuple[Image.Image, int]:
+        """Return an entry's image, or the first good one after it, with the entry it is.
+
+        Note the paths that are passed over, and why, in `bad`.
+        """
+        for _ in range(len(self.source)):
+            try:
+                return self._read(entry), entry
+            except BadImage as error:
+                if not self.skip_bad_images:
+                    raise
+                bad[error.path] = error.reason
+            entry = (entry + 1) % len(self.source)
+        raise ValueError(
+            f"{self.source.flag} {self.source.data_dir!r} holds {len(self.source)} images, and "
+            f"none can be read, such as {next(iter(bad))!r}"
+        )
+
+    def _read(self, entry: int) -> Image.Image:
+        """Decode an entry, unless it is known to be broken."""
+        if entry in self.known_bad:
+            raise self.known_bad[entry]
+        read, source = self.source.read, self.source
+        try:
+            return guard(lambda: read(entry).convert(self.mode), source.flag, source.path(entry))
+        except BadImage as error:
+            self.known_bad[entry] = error
+            raise
 
 
 class ImageDataset(Dataset):
@@ -148,248 +425,25 @@ class ImageDataset(Dataset):
         random_flip: bool = True,
         in_channels: int = 3,
     ):
-        if in_channels not in PIL_MODES:
-            raise ValueError(f"--in_channels must be 3 (colour) or 1 (grey), got {in_channels}")
         self.resolution = resolution
         self.local_images = image_paths[shard::num_shards]
         self.local_classes = None if classes is None else classes[shard::num_shards]
         self.random_crop = random_crop
         self.random_flip = random_flip
-        self.mode = PIL_MODES[in_channels]
+        self.mode = _mode(in_channels)
 
     def __len__(self) -> int:
         return len(self.local_images)
 
     def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        pil_image = read_image(self.local_images[idx], self.mode)
-        crop = random_crop_arr if self.random_crop else center_crop_arr
-        arr = crop(pil_image, self.resolution)  # [H, W, 3], or [H, W] if grey
-        if self.random_flip and random.random() < 0.5:
-            arr = arr[:, ::-1]
-        arr = arr[None] if arr.ndim == 2 else arr.transpose(2, 0, 1)
+        image = read_image(self.local_images[idx], self.mode)
         cond = {}
         if self.local_classes is not None:
             cond["y"] = np.array(self.local_classes[idx], dtype=np.int64)
-        return arr.astype(np.float32) / 127.5 - 1, cond
+        return to_array(image, self.resolution, self.random_crop, self.random_flip), cond
 
 
-class _Batches(Dataset):
-    """An ImageDataset asked for a list of indices at a time."""
-
-    def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
-
-    def __getitem__(self, indices: list[int]) -> Batch | ValueError:
-        # Returned and not raised: torch would wrap what a worker raises into its traceback.
-        try:
-            images, conds = zip(*[self.dataset[k] for k in indices], strict=True)
-        except ValueError as error:
-            return ValueError(str(error))
-        cond = {key: torch.from_numpy(np.stack([c[key] for c in conds])) for key in conds[0]}
-        return torch.from_numpy(np.stack(images)), cond
-
-
-def read_image(path: str, mode: str = "RGB") -> Image.Image:
-    """Decode an image file and convert it to a Pillow mode, "RGB" or "L".
-
-    Raises:
-        ValueError: The file cannot be read or is no whole image.
-    """
-    try:
-        with _open_binary(path) as file:
-            return Image.open(file).convert(mode)
-    except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"--data_dir holds the image {path!r}, which cannot be read ({reason}): "
-            "repair or remove it"
-        ) from error
-
-
-def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
-    """Shrink or enlarge an image to cover image_size squared, and cut out the centre.
-
-    Returns uint8 [image_size, image_size, 3], without the last axis if the image is grey.
-    """
-    arr = np.array(_resize_shorter_side(pil_image, image_size))
-    top = (arr.shape[0] - image_size) // 2
-    left = (arr.shape[1] - image_size) // 2
-    return arr[top : top + image_size, left : left + image_size]
-
-
-def random_crop_arr(
-    pil_image: Image.Image,
-    image_size: int,
-    min_crop_frac: float = 0.8,
-    max_crop_frac: float = 1.0,
-) -> np.ndarray:
-    """Cut a random square, whose side is such a fraction of the shorter side, at image_size.
-
-    Draws from Python's `random`. Returns uint8 [image_size, image_size, 3], without the last
-    axis if the image is grey.
-    """
-    smallest = math.ceil(image_size / max_crop_frac)
-    largest = math.ceil(image_size / min_crop_frac)
-    arr = np.array(_resize_shorter_side(pil_image, random.randrange(smallest, largest + 1)))
-    top = random.randrange(arr.shape[0] - image_size + 1)
-    left = random.randrange(arr.shape[1] - image_size + 1)
-    return arr[top : top + image_size, left : left + image_size]
-
-
-def _resize_shorter_side(pil_image: Image.Image, size: int) -> Image.Image:
-    """Resize so that the shorter side becomes `size`."""
-    # Bicubic alone is poor at strong reductions, so average 2 x 2 pixels first, while possible.
-    while min(pil_image.size) >= 2 * size:
-        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.BOX)
-    scale = size / min(pil_image.size)
-    return pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.BICUBIC)
-
-
-def find_images(data_dir: str, flag: str = "--data_dir") -> list[str]:
-    """Return the sorted paths of all images in a folder and its subfolders.
-
-    Raises:
-        ValueError: The folder is not given, not there, or holds no images.
-    """
-    if not data_dir:
-        raise ValueError(f"{flag} is missing: name the folder that holds the images")
-    if not _is_url(data_dir) and not os.path.isdir(data_dir):
-        state = "is a file, not a folder" if os.path.exists(data_dir) else "does not exist"
-        raise ValueError(f"{flag} {data_dir!r} {state}: name the folder of the images")
-    paths = _list_image_files_recursively(data_dir)
-    if not paths:
-        raise ValueError(
-            f"{flag} {data_dir!r} and its subfolders hold no images; "
-            f"looked for file names ending in .{', .'.join(EXTENSIONS)}"
-        )
-    return paths
-
-
-def _list_image_files_recursively(data_dir: str) -> list[str]:
-    """Return the paths of all images below a folder; each folder is listed in sorted order."""
-    paths = []
-    for path, is_folder in _list_folder(data_dir):
-        if is_folder:
-            paths.extend(_list_image_files_recursively(path))
-        elif path.lower().endswith(tuple(f".{extension}" for extension in EXTENSIONS)):
-            paths.append(path)
-    return paths
-
-
-def _list_folder(folder: str) -> list[tuple[str, bool]]:
-    """Return the sorted entries of a folder as paths, each with whether it is a folder."""
-    if not _is_url(folder):
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries)
-        return [(os.path.join(folder, name), is_folder) for name, is_folder in found]
-    import blobfile as bf  # slow to import, and needed for URLs only
-
-    names = sorted(name.rstrip("/") for name in bf.listdir(folder))
-    urls = [bf.join(folder, name) for name in names]
-    return [(url, not url.lower().endswith(EXTENSIONS) and bf.isdir(url)) for url in urls]
-
-
-def _open_binary(path: str):
-    """Open a local file or a URL for reading."""
-    if not _is_url(path):
-        return open(path, "rb")
-    import blobfile as bf
-
-    return bf.BlobFile(path, "rb")
-
-
-def _is_url(path: str) -> bool:
-    """Tell gs://, az:// and https:// addresses from local paths."""
-    return "://" in os.fspath(path)
-
-
-def class_name(path: str) -> str:
-    """Return the part of a file name before its first "_"."""
-    return os.path.basename(path).split("_")[0]
-
-
-def class_names(paths: Sequence[str]) -> list[str]:
-    """Return the class names of image files in the order of their numbers: sorted, as text.
-
-    Raises:
-        ValueError: A file name has no "_".
-    """
-    nameless = [path for path in paths if "_" not in os.path.basename(path)]
-    if nameless:
-        raise ValueError(
-            f"--class_cond True needs file names like CLASS_anything.png, but {len(nameless)} of "
-            f"{len(paths)} images have no '_' in theirs, such as {nameless[0]!r}: rename them"
-        )
-    return sorted({class_name(path) for path in paths})
-
-
-def class_numbers(
-    paths: Sequence[str], num_classes: int | None = None, names: Sequence[str] | None = None
-) -> list[int]:
-    """Return the class number of every path: the place of its class name among `names`.
-
-    Args:
-        paths: Image files.
-        num_classes: Upper limit on the number of classes; None for no limit.
-        names: The class names by number; None for those of `paths`, sorted.
-
-    Raises:
-        ValueError: A file name has no "_" or an unknown class, or there are too many classes.
-    """
-    found = class_names(paths)
-    names = found if names is None else list(names)
-    unknown = [name for name in found if name not in set(names)]
-    if unknown:
-        raise ValueError(
-            f"--val_data_dir holds images of the class {unknown[0]!r}, which --data_dir lacks: "
-            f"remove these {len(unknown)} classes, or add them to --data_dir"
-        )
-    if num_classes is not None and len(names) > num_classes:
-        raise ValueError(
-            f"--num_classes {num_classes} is less than the {len(names)} classes of the images "
-            f"(the file names' parts before '_', such as {names[num_classes]!r}): "
-            f"use --num_classes {len(names)}, or rename the files"
-        )
-    numbers = {name: number for number, name in enumerate(names)}
-    return [numbers[class_name(path)] for path in paths]
-
-
-def describe(
-    paths: Sequence[str], class_cond: bool = False, names: Sequence[str] | None = None
-) -> str:
-    """Say in one line how many images there are and, under class_cond, of which classes."""
-    line = f"{len(paths):,} images"
-    if not class_cond:
-        return line
-    counts = Counter(map(class_name, paths))
-    names = sorted(counts) if names is None else names
-    shown = [
-        f"{'' if name == str(number) else f'{number} = '}{name} ({counts[name]:,})"
-        for number, name in enumerate(names[:MAX_CLASSES_SHOWN])
-    ]
-    more = ["..."] if len(names) > MAX_CLASSES_SHOWN else []
-    classes = "1 class" if len(names) == 1 else f"{len(names):,} classes"
-    return f"{line}, {classes}: {', '.join(shown + more)}"
-
-
-def drop_labels(data: Iterable[Batch], rate: float, num_classes: int) -> Iterable[Batch]:
-    """Replace each label by the null class num_classes with probability `rate`.
-
-    So trained, one network serves both parts of classifier-free guidance (Ho and Salimans,
-    2022, arXiv:2207.12598). Draws from torch's global generator, and at rate 0 not at all.
-    """
-    return _drop_labels(data, rate, num_classes) if rate > 0 else data
-
-
-def _drop_labels(data: Iterable[Batch], rate: float, num_classes: int) -> Iterator[Batch]:
-    for images, cond in data:
-        y = cond["y"]  # [N]
-        dropped = torch.rand(y.shape, device=y.device) < rate
-        yield images, {**cond, "y": y.masked_fill(dropped, num_classes)}
-
-
-def add_low_res(data: Iterable[Batch], small_size: int) -> Iterator[Batch]:
-    """Put each batch, shrunk by area to [N, C, small_size, small_size], beside it as "low_res"."""
-    for batch, cond in data:
-        low_res = F.interpolate(batch, (small_size, small_size), mode="area")
-        yield batch, cond | {"low_res": low_res}
+def add_low_res(images: Tensor, cond: dict[str, Tensor], small_size: int) -> Batch:
+    """Put images [N, C, H, W], shrunk by area to small_size squared, beside them as "low_res"."""
+    low_res = F.interpolate(images, (small_size, small_size), mode="area")
+    return images, {**cond, "low_res": low_res}
