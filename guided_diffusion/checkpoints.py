@@ -1,9 +1,9 @@
 """Checkpoint files: their names, their atomic writing, and the flags beside them.
 
-A training run leaves `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt` and `optNNNNNN.pt`, where NNNNNN is
-the number of optimizer updates taken, and a file `X.json` with the flags of the network and the
-process beside every `X.pt` that holds weights. Importing this module imports no torch, so that
-flags can be checked at once.
+A training run leaves `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt`, `optNNNNNN.pt` and, last of each set,
+`stateNNNNNN.pt`, where NNNNNN is the number of optimizer updates taken, and a file `X.json` with
+the flags of the network and the process beside every `X.pt` that holds weights. Importing this
+module imports no torch, so that flags can be checked at once.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import json
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from . import dist_util
 from .flag_checks import is_remote
+from .launchers import first_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+CLASSES = "classes.txt"  # beside the checkpoints: the class names, by number
 
 
 def model_name(step: int) -> str:
@@ -34,6 +39,11 @@ def ema_name(rate: float | str, step: int) -> str:
 def opt_name(step: int) -> str:
     """Return the file name of the optimizer's state after `step` updates."""
     return f"opt{step:06d}.pt"
+
+
+def state_name(step: int) -> str:
+    """Return the file name of the rest of the training state, which completes a set."""
+    return f"state{step:06d}.pt"
 
 
 def step_of(filename: str) -> int:
@@ -61,22 +71,65 @@ def exists(path: str) -> bool:
     return blobfile.exists(path)
 
 
+def names_in(folder: str) -> list[str]:
+    """Return the names of the files in a local or remote folder, sorted; none if there is none."""
+    if not is_remote(folder):
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    import blobfile
+
+    return sorted(blobfile.listdir(folder)) if blobfile.isdir(folder) else []
+
+
+def size_of(path: str) -> int | None:
+    """Return the size of a local or remote file in bytes, None if there is none."""
+    if not exists(path):
+        return None
+    if not is_remote(path):
+        return os.path.getsize(path)
+    import blobfile
+
+    return blobfile.stat(path).size
+
+
+def remove(path: str) -> None:
+    """Remove a local or remote file, if it is there."""
+    if exists(path):
+        if not is_remote(path):
+            os.remove(path)
+        else:
+            import blobfile
+
+            blobfile.remove(path)
+
+
 def write_file(path: str, write: Callable[[Any], None]) -> None:
-    """Write a file so that `path` never holds half of it.
+    """Write a file so that `path` never holds half of it, even if the machine loses its power.
 
     Args:
         path: local or remote.
         write: fills an open binary file.
 
     Raises:
-        OSError: if it cannot be written; no temporary file is left then.
+        OSError: if it cannot be written; one line that names it. No temporary file is left then.
     """
-    if is_remote(path):
-        import blobfile
+    try:
+        _write_remote(path, write) if is_remote(path) else _write_local(path, write)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else first_line(error)
+        raise OSError(
+            f"{path} cannot be written ({reason}): make room there, or choose another --log_dir; "
+            "what was there before is as it was"
+        ) from error
 
-        with blobfile.BlobFile(path, "wb") as file:
-            write(file)
-        return
+
+def _write_remote(path: str, write: Callable[[Any], None]) -> None:
+    import blobfile
+
+    with blobfile.BlobFile(path, "wb") as file:
+        write(file)
+
+
+def _write_local(path: str, write: Callable[[Any], None]) -> None:
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
@@ -84,9 +137,21 @@ def write_file(path: str, write: Callable[[Any], None]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
+    except BaseException:
+        with suppress(OSError):
             os.remove(temporary)
+        raise
+    _sync_folder(os.path.dirname(path) or ".")
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a renaming last; some file systems know no such thing for folders."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save(path: str, state: Any) -> None:
@@ -149,6 +214,15 @@ def read_weights(model: nn.Module, path: str, hint: str = "") -> dict[str, Tenso
     Raises:
         ValueError: if the file cannot be read or its tensors do not fit the network.
     """
+    weights = _read_tensors(path)
+    problem = _mismatch(model.state_dict(), weights)
+    if problem:
+        raise ValueError(f"{path} does not fit the network of these flags: {problem}{hint}")
+    return weights
+
+
+def _read_tensors(path: str) -> dict[str, Tensor]:
+    """Read a file that must hold a state dict."""
     import torch
 
     weights = dist_util.load_state_dict(path, map_location="cpu")
@@ -157,15 +231,34 @@ def read_weights(model: nn.Module, path: str, hint: str = "") -> dict[str, Tenso
             f"{path} holds no weights: give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt, not the "
             "optimizer's or another file"
         )
-    problem = _mismatch(model.state_dict(), weights)
-    if problem:
-        raise ValueError(f"{path} does not fit the network of these flags: {problem}{hint}")
     return weights
 
 
 def load_weights(model: nn.Module, path: str, hint: str = "") -> None:
     """Load checkpoint `path` into `model`; see `read_weights`."""
     model.load_state_dict(read_weights(model, path, hint))
+
+
+def load_what_fits(model: nn.Module, path: str) -> tuple[int, list[str]]:
+    """Load the tensors of checkpoint `path` that `model` has, too, with the same shape.
+
+    Returns:
+        the number of tensors that were loaded, and a phrase for each that was not.
+
+    Raises:
+        ValueError: if the file cannot be read, or nothing in it fits.
+    """
+    mine, weights = model.state_dict(), _read_tensors(path)
+    fitting = {k: v for k, v in weights.items() if k in mine and v.shape == mine[k].shape}
+    if not fitting:
+        raise ValueError(f"--init_from {path} has no tensor that fits the network of these flags")
+    model.load_state_dict(fitting, strict=False)
+    left = [
+        f"{name} ({list(weights[name].shape)} there, {list(mine[name].shape)} here)"
+        if name in weights else f"{name} (not there)"
+        for name in mine.keys() - fitting.keys()
+    ]  # fmt: skip
+    return len(fitting), sorted(left) + [f"{name} (not here)" for name in weights.keys() - mine]
 
 
 def _mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:

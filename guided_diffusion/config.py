@@ -7,26 +7,23 @@ nothing heavy, so that `--help` answers at once.
 """
 
 import argparse
-import math
-import os
-import sys
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from .flag_checks import (
-    Check,
     above,
     at_least,
     between,
     checkpoint_file,
+    checkpoint_source,
     class_list,
     count_or_unset,
     device_name,
     ema_rates,
     fraction,
-    image_folder,
+    image_source,
+    label_source,
     list_of,
     npz_file,
     one_of,
@@ -34,30 +31,9 @@ from .flag_checks import (
     respacing,
     str2bool,
 )
-from .launchers import first_line, read_launch
+from .flag_parsing import defaults, find_mistake, fixed_names, flag, read_flags, run
 
-
-def flag(
-    default: Any,
-    help: str,
-    *,
-    check: Check | None = None,
-    fixes: bool = False,
-    required: bool = False,
-) -> Any:
-    """Declare a flag.
-
-    Args:
-        default: its value when nobody sets it; the annotation beside it is its type.
-        help: one phrase for `--help`.
-        check: names what is wrong with a value, or returns None.
-        fixes: True if the value fixes the trained network or process, so that a checkpoint's
-            flags file may not be contradicted.
-        required: True if the empty default is an error.
-    """
-    metadata = {"help": help, "check": check, "fixes": fixes, "required": required}
-    return field(default=default, metadata=metadata)
-
+__all__ = ["defaults", "find_mistake", "fixed_names", "flag", "parse_flags", "run", "str2bool"]
 
 # --------------------------------------------------------------------------------------------
 # The flags, by group
@@ -77,6 +53,9 @@ class RunConfig:
         -1, "seed of all random draws (-1: drawn and printed)", check=between(-1, 2**62)
     )
     use_bf16: bool = flag(False, "compute in bfloat16 autocast; weights stay float32")
+    dist_timeout: float = flag(
+        1800.0, "seconds after which a rank that waits for another gives up", check=above(0)
+    )
 
 
 @dataclass(frozen=True)
@@ -84,8 +63,17 @@ class DataConfig:
     """The images to read."""
 
     data_dir: str = flag(
-        "", "folder of images, searched recursively", check=image_folder, required=True
+        "", "images: a folder, searched recursively, a zip, an npz or an LMDB folder",
+        check=image_source, required=True,
+    )  # fmt: skip
+    labels: str = flag(
+        "filename", "where classes come from: filename, folder, or a JSON or CSV file",
+        check=label_source,
+    )  # fmt: skip
+    num_workers: int = flag(
+        -1, "processes that decode images (-1: by the cores, 0: none)", check=at_least(-1)
     )
+    skip_bad_images: bool = flag(False, "skip and count images that cannot be read")
 
 
 @dataclass(frozen=True)
@@ -116,9 +104,29 @@ class OptimConfig:
     microbatch: int = flag(
         -1, "images in one forward pass, to save memory (-1: the batch)", check=count_or_unset
     )
+    ema_rate: str = flag("0.9999", "rates of the weight averages, commas between", check=ema_rates)
+    grad_clip: float = flag(0.0, "largest norm of the gradient (0: any)", check=at_least(0))
+    max_bad_steps: int = flag(
+        100, "stop when so many steps in a row have no finite loss and gradient", check=at_least(1)
+    )
+    shard_params: bool = flag(False, "share weights and optimizer among the ranks (FSDP)")
+
+
+@dataclass(frozen=True)
+class KeepConfig:
+    """What is logged and kept, and where to go on."""
+
     log_interval: int = flag(10, "steps between two lines of the log", check=at_least(1))
+    tensorboard: bool = flag(False, "write TensorBoard files, too")
     save_interval: int = flag(10000, "steps between two checkpoints", check=at_least(1))
-    resume_checkpoint: str = flag("", "modelNNNNNN.pt from which to go on", check=checkpoint_file)
+    keep_checkpoints: int = flag(0, "sets of checkpoints to keep (0: all)", check=at_least(0))
+    resume_checkpoint: str = flag(
+        "", "from where to go on: modelNNNNNN.pt, a folder, or auto (--log_dir)",
+        check=checkpoint_source,
+    )  # fmt: skip
+    init_from: str = flag(
+        "", "weights with which to begin a new run; what fits is taken", check=checkpoint_file
+    )
 
 
 @dataclass(frozen=True)
@@ -129,9 +137,11 @@ class TrainConfig:
     lr_anneal_steps: int = flag(
         0, "let the learning rate fall to 0 over this many steps and stop", check=at_least(0)
     )
-    ema_rate: str = flag("0.9999", "rates of the weight averages, commas between", check=ema_rates)
     fp16_scale_growth: float = flag(
         1e-3, "how much log2 of the fp16 loss scale grows in a step", check=at_least(0)
+    )
+    sample_interval: int = flag(
+        0, "steps between two pictures of samples of the EMA (0: none)", check=at_least(0)
     )
 
 
@@ -140,7 +150,7 @@ class ClassifierTrainConfig:
     """What only the classifier's trainer knows."""
 
     val_data_dir: str = flag(
-        "", "folder of validation images (default: no validation)", check=image_folder
+        "", "validation images, as --data_dir (default: no validation)", check=image_source
     )
     noised: bool = flag(True, "train on noised images, as guidance needs")
     iterations: int = flag(150000, "number of steps", check=at_least(1))
@@ -306,67 +316,6 @@ def all_fields() -> list[Any]:
     return [f for group in groups for f in fields(group)]
 
 
-def defaults(*groups: type) -> dict[str, Any]:
-    """Return flag name -> default for the groups, in order."""
-    return {f.name: f.default for group in groups for f in fields(group)}
-
-
-def fixed_names(*groups: type) -> set[str]:
-    """Return the names of the flags that fix the trained network or process."""
-    return {f.name for group in groups for f in fields(group) if f.metadata["fixes"]}
-
-
-# --------------------------------------------------------------------------------------------
-# From the command line
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the list of all flags."""
-
-    def error(self, message: str):
-        _fail(f"{message} (--help lists all flags)", code=2)
-
-
-def _fail(message: str, code: int) -> None:
-    """Print one line on stderr and end the process.
-
-    A mistake in the command is made by all ranks alike: rank 0 tells it, and when it ends, the
-    launcher ends the others, who speak only if they are still there.
-    """
-    rank = read_launch(os.environ).rank
-    if rank > 0:
-        time.sleep(2)
-    line = " ".join(message.split())
-    who = f"{os.path.basename(sys.argv[0])}: " + (f"rank {rank}: " if rank else "")
-    print(f"{who}error: {line}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def _add_flag(group: Any, f: Any, default: Any) -> None:
-    value = f" [{default}]" if default != "" else ""
-    shown = f"{f.metadata['help']}{value}".replace("%", "%%")
-    kind = str2bool if f.type is bool else f.type
-    group.add_argument(
-        f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__, help=shown
-    )
-
-
-def find_mistake(f: Any, value: Any) -> str | None:
-    """Say what is wrong with the value of one flag, or return None.
-
-    Args:
-        f: the field that declares the flag.
-        value: of the flag's type.
-    """
-    if f.metadata["required"] and value == "":
-        return f"--{f.name} is missing: {f.metadata['help']}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"--{f.name} {value} must be a finite number"
-    problem = f.metadata["check"] and f.metadata["check"](value)
-    shown = repr(value) if value == "" or str(value) != str(value).strip() else value
-    return f"--{f.name} {shown} {problem}" if problem else None
-
-
 def find_conflict(flags: dict[str, Any]) -> str | None:
     """Say which of a script's flags do not go together, or return None.
 
@@ -377,6 +326,8 @@ def find_conflict(flags: dict[str, Any]) -> str | None:
     for fp16 in ("use_fp16", "classifier_use_fp16"):
         if get("use_bf16") and get(fp16):
             return f"--use_bf16 True and --{fp16} True exclude each other: give one of them"
+        if get("shard_params") and get(fp16):
+            return f"--shard_params True does not work with --{fp16} True: use --use_bf16 True"
     if get("label_dropout") and not get("class_cond"):
         return f"--label_dropout {get('label_dropout')} needs labels: give --class_cond True too"
     if get("classifier_scale") and get("classifier_path") == "":
@@ -396,49 +347,7 @@ def parse_flags(
     argv: Iterable[str] | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> argparse.Namespace:
-    """Read a command line into a namespace of flag values; a mistake ends the process.
-
-    Args:
-        description: printed above the flags.
-        groups: the dataclasses whose flags the program has.
-        argv: the command line, sys.argv[1:] by default.
-        overrides: defaults of this program where they differ.
-
-    Returns:
-        a namespace with every flag, and `given`, the set of names that the user set.
-    """
-    usage = "%(prog)s [-h] [--FLAG VALUE ...]"
-    parser = _Parser(description=description, usage=usage, allow_abbrev=False)
-    values = defaults(*groups) | (overrides or {})
-    for group in groups:
-        section = parser.add_argument_group(group.__doc__.rstrip("."))
-        for f in fields(group):
-            _add_flag(section, f, values[f.name])
-    given = vars(parser.parse_args(None if argv is None else list(argv)))
-    values |= given
-    mistakes = [find_mistake(f, values[f.name]) for group in groups for f in fields(group)]
-    if "model_path" not in values:  # else a file will complete the flags
-        mistakes.append(find_conflict(values))
-    for mistake in filter(None, mistakes):
-        parser.error(mistake)
-    return argparse.Namespace(**values, given=set(given))
-
-
-def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a user's mistake ends in one line on stderr and exit code 1.
-
-    The whole traceback is shown when GUIDED_DIFFUSION_TRACEBACK is set.
-    """
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("GUIDED_DIFFUSION_TRACEBACK"):
-            raise
-        _fail(str(error), code=1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
-            raise
-        remedy = "use a smaller --batch_size or, in training, --microbatch or --use_checkpoint True"
-        _fail(f"out of memory ({first_line(error)}): {remedy}", code=1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Read a command line; a mistake ends the process. See `flag_parsing.read_flags`."""
+    return read_flags(
+        description, *groups, argv=argv, overrides=overrides, find_conflict=find_conflict
+    )

@@ -74,9 +74,9 @@ def list_of(kind: type, example: str) -> Check:
 
 
 def ema_rates(value: str) -> str | None:
-    """Accept comma-separated rates in [0, 1]."""
+    """Accept comma-separated rates in [0, 1], or an empty string for no average."""
     try:
-        good = all(0 <= float(item) <= 1 for item in value.split(","))
+        good = not value or all(0 <= float(item) <= 1 for item in value.split(","))
     except ValueError:
         good = False
     return None if good else "must be rates between 0 and 1, such as 0.999,0.9999"
@@ -122,12 +122,30 @@ def _file(value: str, remedy: str) -> str | None:
     return f"{'is a folder' if os.path.isdir(value) else 'does not exist'}: {remedy}"
 
 
-def image_folder(value: str) -> str | None:
-    """Accept a folder, an address or an empty string; what is in it shows later."""
+def checkpoint_source(value: str) -> str | None:
+    """Accept a file, a folder, an address, "auto" or an empty string."""
+    if value in ("", "auto") or is_remote(value) or os.path.exists(os.path.expanduser(value)):
+        return None
+    return "does not exist: give a modelNNNNNN.pt, the folder of a run, or auto"
+
+
+def image_source(value: str) -> str | None:
+    """Accept a folder, a zip, an npz, an address or an empty string; what is in it shows later."""
     if not value or is_remote(value) or os.path.isdir(value):
         return None
-    state = "is a file, not a folder" if os.path.exists(value) else "does not exist"
-    return f"{state}: name the folder of the images"
+    if not os.path.exists(value):
+        return "does not exist: name the folder of the images, a zip or an npz"
+    known = value.lower().endswith((".zip", ".npz"))
+    return None if known else "is a file, but no zip or npz: name the folder of the images"
+
+
+def label_source(value: str) -> str | None:
+    """Accept "filename", "folder" or a JSON or CSV file."""
+    if value in ("filename", "folder"):
+        return None
+    if not value.lower().endswith((".json", ".csv")):
+        return "must be filename, folder, or the path of a .json or .csv file"
+    return None if is_remote(value) or os.path.isfile(value) else "does not exist: give its path"
 
 
 def output_folder(value: str) -> str | None:

@@ -6,7 +6,8 @@ overflows. Master parameters are two flat tensors: all scalars and vectors, and 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .sharding import global_norm
 
 INITIAL_LOG_LOSS_SCALE = 20.0
+MIN_LOG_LOSS_SCALE = 0.0  # a scale below 1 would make small gradients vanish for good
 
 NamedParams: TypeAlias = list[tuple[str, Tensor]]
 ParamGroups: TypeAlias = list[tuple[NamedParams, Any]]  # (named parameters, shape of the master)
@@ -147,7 +149,7 @@ class MixedPrecisionTrainer:
         model_params: the network's parameters, a list.
         master_params: what the optimizer must be given; fp16: two flat float32 tensors.
         param_groups_and_shapes: how masters and parameters correspond; None without fp16.
-        lg_loss_scale: the base-2 logarithm of the loss scale.
+        lg_loss_scale: the base-2 logarithm of the loss scale, MIN_LOG_LOSS_SCALE at least.
         metrics: what the last `optimize` measured: grad_norm (unscaled) and param_norm, both
             before the step and absent where a gradient overflowed; with fp16 also
             lg_loss_scale, as it was before the step.
@@ -160,7 +162,9 @@ class MixedPrecisionTrainer:
         use_fp16: bool = False,
         fp16_scale_growth: float = 1e-3,
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
+        grad_clip: float = 0.0,
     ):
+        self.grad_clip = grad_clip  # the largest norm of a gradient; 0 for any
         self.model = model
         self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
@@ -185,33 +189,63 @@ class MixedPrecisionTrainer:
     def optimize(self, opt: torch.optim.Optimizer) -> bool:
         """Step `opt` with the gradients at hand and tell whether the step was taken.
 
-        A step whose float16 gradients overflowed is skipped: parameters and the state of `opt`
-        stay as they are, and the loss scale is halved.
+        A step whose gradients are not finite is skipped: parameters and the state of `opt` stay
+        as they are, and under fp16 the loss scale is halved.
         """
-        return self._optimize_fp16(opt) if self.use_fp16 else self._optimize_normal(opt)
-
-    def _optimize_normal(self, opt: torch.optim.Optimizer) -> bool:
-        self.metrics = self._measure_norms()
-        opt.step()
-        return True
-
-    def _optimize_fp16(self, opt: torch.optim.Optimizer) -> bool:
-        model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
-        scale = 2**self.lg_loss_scale
+        scale = 1.0
+        if self.use_fp16:
+            model_grads_to_master_grads(self.param_groups_and_shapes, self.master_params)
+            scale = 2**self.lg_loss_scale
         norms = self._measure_norms(scale)
-        self.metrics = {"lg_loss_scale": self.lg_loss_scale}
         if check_overflow(norms["grad_norm"]):
-            self.lg_loss_scale -= 1
-            zero_master_grads(self.master_params)
+            self.skip()
             return False
-        self.metrics |= norms
-        for param in self.master_params:
-            param.grad.mul_(1.0 / scale)
+        self.metrics = norms | self._scale_metric()
+        self._rescale_grads(1.0 / scale, norms["grad_norm"])
         opt.step()
-        zero_master_grads(self.master_params)
-        master_params_to_model_params(self.param_groups_and_shapes, self.master_params)
-        self.lg_loss_scale += self.fp16_scale_growth
+        if self.use_fp16:
+            zero_master_grads(self.master_params)
+            master_params_to_model_params(self.param_groups_and_shapes, self.master_params)
+            self.lg_loss_scale += self.fp16_scale_growth
         return True
+
+    def skip(self) -> None:
+        """Forget the gradients at hand; under fp16 the loss scale is halved, down to its floor."""
+        self.metrics = self._scale_metric()
+        if self.use_fp16:
+            floor = min(MIN_LOG_LOSS_SCALE, self.lg_loss_scale)
+            self.lg_loss_scale = max(floor, self.lg_loss_scale - 1)
+            zero_master_grads(self.master_params)
+
+    @contextmanager
+    def showing(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Give the network other weights within the block: masters, such as those of an EMA."""
+        own = [param.detach().clone() for param in self.master_params]
+        self._show(values)
+        try:
+            yield
+        finally:
+            self._show(own)
+
+    @torch.no_grad()
+    def _show(self, values: Sequence[Tensor]) -> None:
+        if self.use_fp16:
+            master_params_to_model_params(self.param_groups_and_shapes, values)
+            return
+        for param, value in zip(self.model_params, values, strict=True):
+            param.copy_(value)
+
+    def _scale_metric(self) -> dict[str, float]:
+        return {"lg_loss_scale": self.lg_loss_scale} if self.use_fp16 else {}
+
+    def _rescale_grads(self, factor: float, grad_norm: float) -> None:
+        """Undo the loss scale, and shorten a gradient that is longer than `grad_clip`."""
+        if self.grad_clip and grad_norm > self.grad_clip:
+            factor *= self.grad_clip / grad_norm
+        if factor != 1.0:
+            for param in self.master_params:
+                if param.grad is not None:
+                    param.grad.mul_(factor)
 
     @torch.no_grad()
     def _measure_norms(self, grad_scale: float = 1.0) -> dict[str, float]:

@@ -7,8 +7,6 @@ Files that exist are appended to, so that a resumed run goes on in the files of 
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,143 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from . import dist_util
+from .log_outputs import FORMATS, Output, TextOutput
 
 DEBUG, INFO, WARN, ERROR, DISABLED = 10, 20, 30, 40, 50
-
-
-class Output:
-    """A place to write to; each kind overrides what it can show."""
-
-    def write_text(self, text: str) -> None:
-        """Write a line."""
-
-    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
-        """Write one dump of key-value pairs."""
-
-    def close(self) -> None:
-        """Release the file."""
-
-
-class TextOutput(Output):
-    """Lines and tables for people: log.txt or, on rank 0 alone, the terminal."""
-
-    def __init__(self, path: Path | None = None):
-        self.file = path and path.open("a", encoding="utf-8")
-
-    def write_text(self, text: str) -> None:
-        """Write a line, at once."""
-        if self.file or dist_util.is_main():
-            print(text, file=self.file, flush=True)
-
-    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
-        """Write a table."""
-        self.write_text(format_table(kvs))
-
-    def close(self) -> None:
-        """Close the file, if it is not the terminal."""
-        if self.file:
-            self.file.close()
-
-
-class CSVOutput(Output):
-    """A table with a column for every key; a key that comes later adds a column to all rows."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        with self._open("a+") as file:
-            file.seek(0)
-            text = file.read()
-            whole_rows = text[: text.rfind("\n") + 1]  # a killed run may leave half a row
-            file.truncate(len(whole_rows.encode()))
-        self.columns = next(csv.reader(whole_rows.splitlines()), [])
-
-    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
-        """Append a row."""
-        new = sorted(kvs.keys() - set(self.columns))
-        if new:
-            self._add_columns(new)
-        with self._open("a") as file:
-            csv.writer(file, lineterminator="\n").writerow([kvs.get(key) for key in self.columns])
-
-    def _add_columns(self, new: list[str]) -> None:
-        """Rewrite the file with empty fields under the new columns."""
-        with self._open("r") as file:
-            rows = list(csv.reader(file))[1:]
-        self.columns += new
-        padded = (row + [""] * (len(self.columns) - len(row)) for row in rows)
-        draft = self.path.with_name(self.path.name + ".tmp")
-        with draft.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([self.columns, *padded])
-        os.replace(draft, self.path)
-
-    def _open(self, mode: str) -> Any:
-        return self.path.open(mode, newline="", encoding="utf-8")
-
-
-class JSONOutput(Output):
-    """A JSON object for each dump, each on a line."""
-
-    def __init__(self, path: Path):
-        self.file = path.open("a", encoding="utf-8")
-
-    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
-        """Append a line."""
-        print(json.dumps(kvs), file=self.file, flush=True)
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
-
-
-class TensorBoardOutput(Output):
-    """A curve for each number, over the key "step" if there is one, else over the dumps."""
-
-    def __init__(self, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "the log format tensorboard needs a package: pip install tensorboard"
-            ) from error
-        self.writer = SummaryWriter(str(folder))
-        self.num_dumps = 0
-
-    def write_kvs(self, kvs: Mapping[str, Any]) -> None:
-        """Add a point to each curve."""
-        self.num_dumps += 1
-        for key, value in kvs.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(key, value, int(kvs.get("step", self.num_dumps)))
-        self.writer.flush()
-
-    def close(self) -> None:
-        """Close the event file."""
-        self.writer.close()
-
-
-# name -> output, given the folder and the suffix of this rank's files
-FORMATS = {
-    "stdout": lambda folder, suffix: TextOutput(),
-    "log": lambda folder, suffix: TextOutput(folder / f"log{suffix}.txt"),
-    "csv": lambda folder, suffix: CSVOutput(folder / f"progress{suffix}.csv"),
-    "json": lambda folder, suffix: JSONOutput(folder / f"progress{suffix}.json"),
-    "tensorboard": lambda folder, suffix: TensorBoardOutput(folder / f"tb{suffix}"),
-}
-
-
-def format_table(kvs: Mapping[str, Any]) -> str:
-    """Return key-value pairs as an aligned table, sorted by key."""
-    shown = {key: f"{v:.4g}" if isinstance(v, float) else str(v) for key, v in kvs.items()}
-    rows = [(_shorten(key), _shorten(shown[key])) for key in sorted(shown, key=str.lower)]
-    width, value_width = (max(map(len, column)) for column in zip(*rows, strict=True))
-    rule = "-" * (width + value_width + 7)
-    lines = [f"| {key:<{width}} | {value:<{value_width}} |" for key, value in rows]
-    return "\n".join([rule, *lines, rule])
-
-
-def _shorten(text: str, limit: int = 40) -> str:
-    """Cut a long text, and show that it is cut."""
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class Logger:
@@ -187,6 +51,21 @@ class Logger:
         """Return the pairs so far, as plain numbers and strings."""
         plain = {key: _to_plain(value) for key, value in self.values.items()}
         return plain | {key: plain[key] / count for key, count in self.counts.items()}
+
+    def window(self) -> dict[str, Any]:
+        """Return the pairs that wait for the next dump, so that they can be saved."""
+        known = (int, float, str)
+        plain = {k: v if isinstance(v, known) else _to_plain(v) for k, v in self.values.items()}
+        return {"values": plain, "counts": dict(self.counts)}
+
+    def restore_window(self, window: Mapping[str, Any]) -> None:
+        """Go on with the pairs that `window` returned."""
+        self.values, self.counts = dict(window["values"]), dict(window["counts"])
+
+    def drop_rows_after(self, step: int) -> None:
+        """Forget the dumps whose key "step" is larger, in every file."""
+        for output in self.outputs:
+            output.drop_rows_after(step)
 
     def dumpkvs(self) -> dict[str, Any]:
         """Write the pairs to every output, forget them, and return them."""
@@ -363,14 +242,37 @@ def scoped_configure(
         _current = before
 
 
+class Ranks:
+    """All ranks of the job as a communicator: `comm=` for means over all of them.
+
+    Every rank must then call `dumpkvs` as often as the others.
+    """
+
+    Get_rank = staticmethod(dist_util.get_rank)
+
+    def gather(self, value: Any, root: int = 0) -> list[Any]:
+        """Return every rank's value on rank 0, an empty list elsewhere."""
+        return dist_util.gather_objects(value)
+
+
 @contextmanager
-def session(dir: str | os.PathLike | None = None) -> Iterator[None]:
+def session(
+    dir: str | os.PathLike | None = None, tensorboard: bool = False, comm: Any = None
+) -> Iterator[None]:
     """Log into a folder within the block that a script runs in.
 
     A ValueError, the mistake of a user, that comes before anything but lines of text was written
     leaves no new log files and no new folder behind.
+
+    Args:
+        dir: as for `configure`.
+        tensorboard: write TensorBoard's files on rank 0, too.
+        comm: as for `configure`.
     """
-    with scoped_configure(dir):
+    names = _default_formats(dist_util.get_rank())
+    if tensorboard and dist_util.is_main() and "tensorboard" not in names:
+        names = [*names, "tensorboard"]
+    with scoped_configure(dir, names, comm):
         logger = _current
         try:
             yield

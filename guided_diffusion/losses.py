@@ -65,6 +65,7 @@ def classifier_losses(
     x_start: Tensor,
     t: Tensor,
     cond: dict[str, Tensor],
+    noise: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the cross-entropy and accuracies of a classifier of noised images.
 
@@ -75,13 +76,14 @@ def classifier_losses(
         x_start: images [N, C, H, W] in [-1, 1].
         t: timesteps [N].
         cond: {"y": labels [N]}.
+        noise: the noise in x_t, shaped like x_start; drawn if None.
 
     Returns:
         "loss" [N], "acc@1" [N] and "acc@5" [N] (0 or 1 per image).
     """
     y = cond["y"]
     if noised:
-        x_t = diffusion.q_sample(x_start, t)
+        x_t = diffusion.q_sample(x_start, t, noise=noise)
     else:
         x_t, t = x_start, torch.zeros_like(t)
     logits = model(x_t, timesteps=t).float()

@@ -31,14 +31,27 @@ class ScheduleSampler(ABC):
             `(timesteps, weights)`, int64 and float32, both [batch_size] and on `device`. A
             timestep of probability p has the weight 1 / (num_timesteps * p).
         """
+        return self.sample_by(np.random.random_sample(batch_size), device)
+
+    def sample_by(self, uniforms: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Draw timesteps by given random numbers in [0, 1), [N], as `sample` returns them."""
         weights = self.weights()
         probabilities = weights / np.sum(weights)
-        drawn = np.random.choice(len(probabilities), size=(batch_size,), p=probabilities)
+        cumulative = np.cumsum(probabilities)
+        drawn = np.searchsorted(cumulative / cumulative[-1], uniforms, side="right")
         importance = 1 / (len(probabilities) * probabilities[drawn])
         return (
             torch.as_tensor(drawn, dtype=torch.int64).to(device),
             torch.as_tensor(importance, dtype=torch.float32).to(device),
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what was learnt so far; nothing here."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> bool:
+        """Go on with what `state_dict` returned, and tell whether it fits this sampler."""
+        return not state
 
 
 class UniformSampler(ScheduleSampler):
@@ -140,8 +153,30 @@ class LossSecondMomentResampler(LossAwareSampler):
                 self._loss_history[t, self._loss_counts[t]] = loss
                 self._loss_counts[t] += 1
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the history [num_timesteps, history_per_term] and how much of it is filled."""
+        history, counts = torch.tensor(self._loss_history), torch.tensor(self._loss_counts)
+        return {"history": history, "counts": counts}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> bool:
+        """Go on with what `state_dict` returned, and tell whether it fits this sampler."""
+        if not state or state["history"].shape != self._loss_history.shape:
+            return False
+        self._loss_history, self._loss_counts = state["history"].numpy(), state["counts"].numpy()
+        return True
+
     def _warmed_up(self) -> bool:
         return bool((self._loss_counts == self.history_per_term).all())
+
+
+def sample_timesteps(
+    sampler: Any, uniforms: np.ndarray, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Draw timesteps by given random numbers [N]; a sampler with its own `sample` draws its own."""
+    has_own = getattr(type(sampler), "sample", None) is not ScheduleSampler.sample
+    if has_own:
+        return sampler.sample(len(uniforms), device)
+    return sampler.sample_by(uniforms, device)
 
 
 SCHEDULE_SAMPLERS: dict[str, Callable[[Any], ScheduleSampler]] = {

@@ -6,7 +6,6 @@ index alone; ranks take the batches in turn, and rank 0 writes everything in the
 
 import argparse
 import io
-import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoints, config, dist_util, logger, script_util, trained_flags
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import CondFn, classifier_guidance
-
-NOISE, LABEL, CHAIN = 0, 1, 2  # what a stream of random numbers is for
+from .pictures import class_names as class_names  # what the scripts call through this module
+from .pictures import save_grid, to_uint8
+from .streams import CHAIN, LABEL, NOISE, derived_seed, normal, stream
 
 CREATE = {  # what a checkpoint may be (see trained_flags.KINDS) -> what builds it
     "diffusion model": script_util.create_model_and_diffusion,
@@ -141,20 +140,14 @@ def _read_samples(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 # What is random
 
 
-def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
-    """Return the random numbers of image `index`: a counter-based generator, keyed by both."""
-    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, purpose]))
-
-
 def start_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
     """Return x_T of some images, float32 [N, *shape]."""
-    draws = [stream(seed, i, NOISE).standard_normal(shape, dtype=np.float32) for i in indices]
-    return torch.from_numpy(np.stack(draws))
+    return torch.from_numpy(normal(seed, indices, NOISE, shape))
 
 
 def seed_chain(seed: int, start: int) -> None:
     """Seed the noise within the chain of the batch that begins at index `start`."""
-    torch.manual_seed(int(stream(seed, start, CHAIN).integers(2**63)))
+    torch.manual_seed(derived_seed(seed, start, CHAIN))
 
 
 def choose_labels(args: argparse.Namespace, seed: int) -> np.ndarray:
@@ -303,11 +296,6 @@ def write_scores(scores: dict[str, np.ndarray] | None) -> None:
     dist_util.barrier()
 
 
-def to_uint8(x: Tensor) -> np.ndarray:
-    """Turn images [N, C, H, W] in [-1, 1] into uint8 [N, H, W, C]."""
-    return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
 def _my_batches(num_samples: int, batch_size: int) -> Iterator[range]:
     """Yield the indices of each batch of this rank; ranks take turns."""
     step = batch_size * dist_util.get_world_size()
@@ -353,41 +341,4 @@ def write_samples(
 def write_arrays(path: str, *arrays: np.ndarray) -> None:
     """Write arr_0, arr_1, ... to an npz file, atomically."""
     checkpoints.write_file(path, lambda file: np.savez(file, *arrays))
-    logger.log(f"saved {os.path.abspath(path)}")
-
-
-def class_names(model_path: str) -> list[str] | None:
-    """Return the lines of classes.txt beside a checkpoint, or None if there is no such file."""
-    path = checkpoints.join(os.path.dirname(model_path), "classes.txt")
-    if not checkpoints.exists(path):
-        return None
-    return checkpoints.read_file(path).decode(errors="replace").splitlines()
-
-
-def save_grid(
-    images: np.ndarray,
-    labels: np.ndarray | None,
-    path: str,
-    names: list[str] | None = None,
-    most: int = 100,
-) -> None:
-    """Save a PNG with the first images [N, H, W, C], each under its label."""
-    images = images[:most]
-    columns = min(len(images), max(10, math.isqrt(len(images))))
-    height, width = images.shape[1:3]
-    zoom = max(1, 64 // height)
-    cell, text = (width * zoom + 4, height * zoom + 4), 0 if labels is None else 14
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * cell[0], rows * (cell[1] + text)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, image in enumerate(images):
-        x, y = i % columns * cell[0] + 2, i // columns * (cell[1] + text) + 2
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        sheet.paste(picture.convert("RGB"), (x, y + text))
-        if labels is not None:
-            label = int(labels[i])
-            known = names is not None and label < len(names)
-            draw.text((x, y), names[label] if known else str(label), fill="black")
-    checkpoints.write_file(path, lambda file: sheet.save(file, format="PNG"))
     logger.log(f"saved {os.path.abspath(path)}")

@@ -6,6 +6,9 @@ with other ranks, draws the same numbers. The generator is NumPy's Philox, which
 """
 
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -47,3 +50,25 @@ def uniform(seed: int, indices: Iterable[int], purpose: int) -> np.ndarray:
 def derived_seed(seed: int, index: int, purpose: int) -> int:
     """Return a seed in [0, 2**63) for a generator of another kind."""
     return int(stream(seed, index, purpose).integers(2**63))
+
+
+class NoiseAhead:
+    """The noise of training images, drawn for the next batch while the network has the present one.
+
+    Args:
+        seed: of the run.
+        purpose: of the streams, as for `normal`.
+    """
+
+    def __init__(self, seed: int, purpose: int):
+        self._draw = partial(normal, seed, purpose=purpose)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise")
+        self._awaited: tuple[Any, Future] | None = None
+
+    def take(self, numbers: range, shape: tuple[int, ...], following: range) -> np.ndarray:
+        """Return the noise of some images, float32 [N, *shape], and begin with the `following`."""
+        key, drawn = self._awaited or (None, None)
+        noise = drawn.result() if key == (numbers, shape) else self._draw(numbers, shape=shape)
+        ahead = self._thread.submit(self._draw, following, shape=shape)
+        self._awaited = (following, shape), ahead
+        return noise

@@ -1,58 +1,66 @@
-"""The training loop, for the diffusion model, the upsampler and the noisy classifier."""
+"""The training loop, for the diffusion model, the upsampler and the noisy classifier.
 
-import argparse
+Images are numbered through the whole run, over all ranks: step s of a run with B images in a batch
+has the numbers s * B to (s + 1) * B - 1. What is random about an image (t, noise, crop) follows
+from the seed and its number, and everything else that a step depends on is saved, so that a run
+which is stopped and goes on is the run that was never stopped.
+"""
+
 import os
-import random
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
-from tqdm import tqdm
 
-from . import checkpoints, dist_util, logger
+from . import (
+    checkpoint_sets,
+    checkpoints,
+    dist_util,
+    logger,
+    streams,
+    train_files,
+    train_state,
+)
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
-from .resample import (
-    LossAwareSampler,
-    ScheduleSampler,
-    UniformSampler,
-    create_named_schedule_sampler,
-)
-from .script_util import choose_seed
+from .parallel import Parallel, shard_or_move
+from .reporting import Pace, log_losses, progress_bar
+from .resample import LossAwareSampler, ScheduleSampler, UniformSampler, sample_timesteps
+from .signals import StopSignals
+from .train_state import TrainState
+from .validation import Validator
 
 __all__ = [
-    "INITIAL_LOG_LOSS_SCALE", "TrainLoop", "find_ema_checkpoint",
-    "find_resume_checkpoint", "get_blob_logdir", "log_loss_dict", "parse_resume_step_from_filename",
-    "seed_ranks", "train",
+    "INITIAL_LOG_LOSS_SCALE", "TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint",
+    "get_blob_logdir", "log_loss_dict", "parse_resume_step_from_filename",
 ]  # fmt: skip
 
 Cond = dict[str, Tensor]
-# (model, x_start [N, C, H, W], t [N], cond) -> per-image terms [N], "loss" among them
-LossFn = Callable[[nn.Module, Tensor, Tensor, Cond], dict[str, Tensor]]
+# (model, x_start [N, C, H, W], t [N], cond, noise like x_start) -> terms [N], "loss" among them
+LossFn = Callable[[nn.Module, Tensor, Tensor, Cond, Tensor], dict[str, Tensor]]
 
 
 class TrainLoop:
     """Train a network: batches, micro-batches, optimizer, EMAs, log and checkpoints.
 
     Args:
-        model: the network, on its device.
+        model: the network, on its device (with `shard_params` it may still be on the CPU).
         diffusion: the process that draws losses; it also numbers the timesteps for the log.
-        data: an endless iterator of (images [N, C, H, W], conditions {name: [N, ...]}).
+        data: an endless iterator of (images [N, C, H, W], conditions {name: [N, ...]}). If it has
+            a method `seek(number)`, as `load_data` gives it, a resumed run goes on in its order.
         batch_size: images per step and rank.
         microbatch: images per forward pass; -1 for the whole batch.
         lr: learning rate of AdamW.
         ema_rate: rates of the weight averages, a number or numbers with commas; "" for none.
-        log_interval: steps between two lines of the log.
+        log_interval: steps between two rows of the log.
         save_interval: steps between two checkpoints.
-        resume_checkpoint: a `modelNNNNNN.pt` with its EMA and optimizer files beside it, or "".
+        resume_checkpoint: a `modelNNNNNN.pt` with the rest of its set beside it, a folder with
+            such sets, or "".
         use_fp16: the network computes in float16, with loss scaling.
         fp16_scale_growth: growth of log2 of the loss scale per step.
         schedule_sampler: draws t; uniform by default.
@@ -64,8 +72,22 @@ class TrainLoop:
         loss_fn: the objective; the process's training losses by default.
         val_data: batches to log the same losses for, every `eval_interval` steps; or None.
         eval_interval: steps between two validation batches.
+        val_set: the whole validation set, once; its losses are logged with every checkpoint.
         log_prefix: put before the names of training losses.
         initial_lg_loss_scale: log2 of the fp16 loss scale at the start.
+        seed: of t, noise and dropout; by default that of the resumed run, else drawn from torch's
+            global generator.
+        init_from: weights to begin a new run with, of which those are taken that fit; or "".
+        grad_clip: the largest norm of the gradient; 0 for any.
+        max_bad_steps: stop after so many steps in a row without a finite loss and gradient.
+        keep_checkpoints: how many sets of files to keep; 0 for all.
+        shard_params: share parameters, moments and averages among the ranks.
+        classes: names of the classes, by number, written beside the checkpoints; or None.
+        preview: (network with the weights of the EMA, step) draws a picture, on all ranks; or None.
+        sample_interval: steps between two of them.
+
+    Raises:
+        ValueError: if a file does not fit the network, or later, if training diverges.
     """
 
     def __init__(
@@ -92,12 +114,22 @@ class TrainLoop:
         loss_fn: LossFn | None = None,
         val_data: Iterator[tuple[Tensor, Cond]] | None = None,
         eval_interval: int = 0,
+        val_set: Any = None,
         log_prefix: str = "",
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
+        seed: int | None = None,
+        init_from: str = "",
+        grad_clip: float = 0.0,
+        max_bad_steps: int = 100,
+        keep_checkpoints: int = 0,
+        shard_params: bool = False,
+        classes: list[str] | None = None,
+        preview: Callable[[nn.Module, int], None] | None = None,
+        sample_interval: int = 0,
     ):
         self.model = model
         self.diffusion = diffusion
-        self.data, self.val_data = data, val_data
+        self.data = data
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.global_batch = batch_size * dist_util.get_world_size()
@@ -105,90 +137,91 @@ class TrainLoop:
         self.ema_rate = [float(rate) for rate in str(ema_rate).split(",") if rate]
         self.log_interval, self.save_interval = log_interval, save_interval
         self.eval_interval, self.log_prefix = eval_interval, log_prefix
-        self.resume_checkpoint = resume_checkpoint or find_resume_checkpoint()
+        self.resume_checkpoint = resume_checkpoint or find_resume_checkpoint() or ""
         self.use_fp16, self.use_bf16 = use_fp16, use_bf16
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.lr_anneal_steps, self.max_steps = lr_anneal_steps, max_steps
         self.flags = flags or {}
         self.loss_fn = loss_fn or partial(_diffusion_losses, diffusion)
+        self.validator = Validator(
+            self.loss_fn, diffusion.num_timesteps, val_data, val_set, self.microbatch, use_bf16
+        )
+        self.max_bad_steps, self.keep_checkpoints = max_bad_steps, keep_checkpoints
+        self.classes = classes
+        self.preview, self.sample_interval = preview, sample_interval
 
         self.step = 0  # updates taken by this process
         self.resume_step = 0  # updates taken before
-        self._start(use_fp16, fp16_scale_growth, initial_lg_loss_scale)
+        self._load_weights(init_from, shard_params)
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=model,
+            use_fp16=use_fp16,
+            fp16_scale_growth=fp16_scale_growth,
+            initial_lg_loss_scale=initial_lg_loss_scale,
+            grad_clip=grad_clip,
+        )
+        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        self.ranks = Parallel(model)
+        self.ddp_model, self.use_ddp = self.ranks.model, self.ranks.use_ddp
+        self._go_on(seed)
 
     # ---------------------------------------------------------------------------------------
     # Starting, or going on
 
-    def _start(self, use_fp16: bool, scale_growth: float, lg_loss_scale: float) -> None:
-        """Load or begin weights, optimizer and averages, and join the ranks."""
-        self._load_model()
-        self.mp_trainer = MixedPrecisionTrainer(
-            model=self.model,
-            use_fp16=use_fp16,
-            fp16_scale_growth=scale_growth,
-            initial_lg_loss_scale=lg_loss_scale,
-        )
-        self.opt = AdamW(self.mp_trainer.master_params, lr=self.lr, weight_decay=self.weight_decay)
-        self._load_optimizer()
-        self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
-        self.use_ddp = dist_util.get_world_size() > 1
-        self.ddp_model = self._distribute(self.model) if self.use_ddp else self.model
-
-    def _load_model(self) -> None:
-        """Load the weights to go on from, if any, and make all ranks agree on them."""
+    def _load_weights(self, init_from: str, shard_params: bool) -> None:
+        """Load the weights to begin or go on with."""
+        log_dir = logger.get_current().dir or ""
+        self.resume_checkpoint = checkpoint_sets.resolve_resume(self.resume_checkpoint, log_dir)
         if self.resume_checkpoint:
             self.resume_step = parse_resume_step_from_filename(self.resume_checkpoint)
-            logger.log(f"model: from {self.resume_checkpoint}, step {self.resume_step}")
-            checkpoints.load_weights(self.model, self.resume_checkpoint)
-        dist_util.sync_params(self.model.parameters())
+        train_files.load_model(self.model, self.resume_checkpoint, init_from)
+        if shard_params:
+            shard_or_move(self.model)
 
-    def _load_optimizer(self) -> None:
-        """Load the optimizer's state that belongs to the resumed weights, if it is there."""
-        if not self.resume_checkpoint:
-            return
-        path = self._beside(checkpoints.opt_name(self.resume_step))
-        if not dist_util.broadcast_object(checkpoints.exists(path)):  # all ranks do the same
-            logger.log(f"optimizer: starts cold, there is no {path}")
-            return
-        state = dist_util.load_state_dict(path, map_location="cpu")
-        try:
-            self.opt.load_state_dict(state)
-            fits = all(v["exp_avg"].shape == p.shape for p, v in self.opt.state.items())
-        except (AttributeError, KeyError, TypeError, ValueError):
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"{path} is no optimizer state of this network: give the --use_fp16 and the model "
-                "flags it was written with, or move it away to start the optimizer cold"
-            )
-        group = self.opt.param_groups[0]
-        kept = f"learning rate {group['lr']:g} and weight decay {group['weight_decay']:g}"
-        logger.log(f"optimizer: from {path}, with its {kept}")
+    def _go_on(self, seed: int | None) -> None:
+        """Load optimizer, averages and state, as far as there are any."""
+        train_files.load_optimizer(self.opt, self.resume_checkpoint)
+        fallback = TrainState(
+            step=self.resume_step,
+            images=self.resume_step * self.global_batch,
+            last_row=self.resume_step - 1,
+            seed=-1 if seed is None else seed,
+        )
+        self.state, ranks = train_files.load_state(
+            self.resume_checkpoint, self.schedule_sampler, fallback
+        )
+        if seed is not None:
+            self.state.seed = seed
+        elif self.state.seed < 0:
+            self.state.seed = dist_util.broadcast_object(int(torch.randint(2**62, ())))
+        self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
+        if self.state.lg_loss_scale is not None and self.use_fp16:
+            self.mp_trainer.lg_loss_scale = self.state.lg_loss_scale
+        if self.resume_checkpoint:
+            logger.get_current().drop_rows_after(self.state.last_row)
+        for data, number in [
+            (self.data, self.state.images),
+            (self.validator.data, self.state.val_images),
+        ]:
+            if hasattr(data, "seek"):
+                data.seek(number)
+        if ranks:
+            train_state.restore_rank(ranks, self.state.seed, self.state.images)
+        elif seed is not None:
+            train_state.seed_rank(seed, self.state.images)
+        self.noise = streams.NoiseAhead(self.state.seed, streams.TRAIN_NOISE)
 
     def _load_ema(self, rate: float) -> list[Tensor]:
         """Return the weight average to go on with: the saved one, else the present weights."""
         path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
-        path = dist_util.broadcast_object(path)  # all ranks do the same
-        if path is None:
-            if self.resume_checkpoint:
-                logger.log(f"EMA {rate}: starts from the weights, its file is not there")
-            return deepcopy(self.mp_trainer.master_params)
-        logger.log(f"EMA {rate}: from {path}")
-        weights = checkpoints.read_weights(self.model, path)
-        weights = {name: value.to(dist_util.dev()) for name, value in weights.items()}
-        return self.mp_trainer.state_dict_to_master_params(weights)
-
-    def _beside(self, name: str) -> str:
-        return checkpoints.join(os.path.dirname(self.resume_checkpoint), name)
-
-    def _distribute(self, model: nn.Module) -> DistributedDataParallel:
-        """Wrap the network so that backward averages gradients over all ranks."""
-        device = dist_util.dev()
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            bucket_cap_mb=128,
-        )
+        average = train_files.load_ema(self.mp_trainer, path, rate)
+        if average is not None:
+            self.state.ema_began.setdefault(str(rate), 0)
+            return average
+        if self.resume_checkpoint:
+            logger.log(f"EMA {rate}: cold, starts from the weights, as its file is not there")
+        self.state.ema_began[str(rate)] = self.resume_step
+        return deepcopy(self.mp_trainer.master_params)
 
     # ---------------------------------------------------------------------------------------
     # The loop
@@ -200,74 +233,95 @@ class TrainLoop:
         return min(limits, default=0)
 
     def run_loop(self) -> None:
-        """Train until the last step, then save."""
+        """Train until the last step or until a signal asks to stop, then save."""
         if not self.total_steps:
             logger.log("no --max_steps and no --lr_anneal_steps: training goes on until stopped")
-        saved = None
-        with self._progress() as bar:
-            while not self.total_steps or self._updates() < self.total_steps:
-                self.run_step(*next(self.data))
-                if self.val_data and self.step % self.eval_interval == 0:
-                    self._validate()
-                if self.step % self.log_interval == 0:
-                    logger.dumpkvs()
-                self.step += 1
+        saved, asked = None, None
+        pace = Pace(self.total_steps)
+        pace.start(self._updates(), self.state.images)
+        bar = progress_bar(self.total_steps * self.global_batch, self.state.images)
+        with StopSignals() as signals, bar:
+            while not asked and (not self.total_steps or self._updates() < self.total_steps):
+                with dist_util.stage("reading a batch"):
+                    batch, cond = next(self.data)
+                self.run_step(batch, cond)
+                self._report(pace, len(batch))
                 bar.update(self.global_batch)
                 if self._updates() % self.save_interval == 0:
-                    saved = self._save_all()
-        if self.step and saved != self._updates():
-            self._save_all()
+                    saved = self._save_all(whole=True)
+                asked = self._asked_to_stop(signals)
+            if self.step and saved != self._updates():
+                self._save_all(whole=not asked)
+        self._say_goodbye(asked)
 
     def run_step(self, batch: Tensor, cond: Cond) -> None:
-        """Take one optimizer step on a batch [N, C, H, W]; skip it if fp16 overflowed."""
+        """Take one optimizer step on a batch [N, C, H, W], unless a loss or gradient overflowed."""
         self._anneal_lr()
         self.forward_backward(batch, cond)
-        took_step = self.mp_trainer.optimize(self.opt)
+        with dist_util.stage("taking a step"):
+            took_step = self._is_finite and self.mp_trainer.optimize(self.opt)
+        if not self._is_finite:
+            self.mp_trainer.skip()
         if took_step:
             self._update_ema()
+        self.state.count(took_step, self.max_bad_steps)
         self.log_step()
 
     def forward_backward(self, batch: Tensor, cond: Cond) -> None:
         """Leave the gradient of the batch's mean loss in the parameters."""
         self.mp_trainer.zero_grad()
         batch, cond = self._to_device(batch, cond)
+        t, weights, noise = self._draw(batch)
+        first = slice(0, self.microbatch)
+        self.ranks.settle(lambda: self._backward(first, batch, cond, t, weights, noise))
+        parts = []
         for start in range(0, len(batch), self.microbatch):
             piece = slice(start, start + self.microbatch)
-            micro, micro_cond = batch[piece], {k: v[piece] for k, v in cond.items()}
-            t, weights = self.schedule_sampler.sample(len(micro), dist_util.dev())
-            last = start + self.microbatch >= len(batch)
-            # Gradients are exchanged between ranks once, in the last backward.
-            with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
-                losses = self._losses(micro, t, micro_cond)
-                if isinstance(self.schedule_sampler, LossAwareSampler):
-                    self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
-                share = len(micro) / len(batch)
-                self.mp_trainer.backward((losses["loss"] * weights).mean() * share)
-            weighted = {self.log_prefix + k: v.detach() * weights for k, v in losses.items()}
-            log_loss_dict(self.diffusion, t, weighted)
+            is_last = start + self.microbatch >= len(batch)
+            with dist_util.stage("averaging gradients"), self.ranks.exchanging(is_last):
+                parts.append(self._backward(piece, batch, cond, t, weights, noise))
+        losses = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self._learn(t, weights, losses)
+
+    def _backward(self, piece, batch, cond, t, weights, noise) -> dict[str, Tensor]:
+        """Add the gradient of one piece's share of the loss; return the piece's losses [M]."""
+        micro_cond = {name: value[piece] for name, value in cond.items()}
+        losses = self._losses(batch[piece], t[piece], micro_cond, noise[piece])
+        share = len(t[piece]) / len(batch)
+        self.mp_trainer.backward((losses["loss"] * weights[piece]).mean() * share)
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _draw(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw timesteps and their weights, [N], and noise like the batch, image by image."""
+        first = self.state.images + dist_util.get_rank() * len(batch)
+        numbers = range(first, first + len(batch))
+        ahead = dist_util.get_world_size() * len(batch)
+        uniforms = streams.uniform(self.state.seed, numbers, streams.TIMESTEP)
+        t, weights = sample_timesteps(self.schedule_sampler, uniforms, dist_util.dev())
+        following = range(first + ahead, first + ahead + len(batch))
+        noise = torch.from_numpy(self.noise.take(numbers, tuple(batch.shape[1:]), following))
+        return t, weights, noise.to(batch)
+
+    def _learn(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor]) -> None:
+        """Log the losses [N] of a batch and teach the timestep sampler, if all are finite."""
+        finite = all(bool(values.isfinite().all()) for values in losses.values())
+        with dist_util.stage("comparing losses"):
+            self._is_finite = not dist_util.any_rank(not finite)[0]
+            self._loss = f"loss {losses['loss'].mean():.4g}"
+            if not self._is_finite:
+                return
+            if isinstance(self.schedule_sampler, LossAwareSampler):
+                self.schedule_sampler.update_with_local_losses(t, losses["loss"])
+        weighted = {self.log_prefix + name: value * weights for name, value in losses.items()}
+        log_loss_dict(self.diffusion, t, weighted)
 
     def _to_device(self, batch: Tensor, cond: Cond) -> tuple[Tensor, Cond]:
-        device = dist_util.dev()
-        batch = batch.to(device)
-        return batch, {name: value.to(device) for name, value in cond.items()}
+        move = partial(Tensor.to, device=dist_util.dev(), non_blocking=True)
+        return move(batch), {name: move(value) for name, value in cond.items()}
 
-    def _losses(self, x_start: Tensor, t: Tensor, cond: Cond) -> dict[str, Tensor]:
+    def _losses(self, x_start: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> dict[str, Tensor]:
         with dist_util.precision(self.use_bf16):
-            return self.loss_fn(self.ddp_model, x_start, t, cond)
-
-    @torch.no_grad()
-    def _validate(self) -> None:
-        """Log the losses of one validation batch, micro-batch by micro-batch."""
-        batch, cond = self._to_device(*next(self.val_data))
-        self.model.eval()
-        for start in range(0, len(batch), self.microbatch):
-            piece = slice(start, start + self.microbatch)
-            t, _ = self.schedule_sampler.sample(len(batch[piece]), dist_util.dev())
-            with dist_util.precision(self.use_bf16):
-                cond_piece = {k: v[piece] for k, v in cond.items()}
-                losses = self.loss_fn(self.model, batch[piece], t, cond_piece)
-            log_loss_dict(self.diffusion, t, {"val_" + k: v for k, v in losses.items()})
-        self.model.train()
+            return self.loss_fn(self.ddp_model, x_start, t, cond, noise)
 
     def _update_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
@@ -284,58 +338,91 @@ class TrainLoop:
     def _updates(self) -> int:
         return self.resume_step + self.step
 
+    def _asked_to_stop(self, signals: StopSignals) -> str | None:
+        """Return the signal that some rank has received, on all ranks."""
+        with dist_util.stage("agreeing to go on"):
+            (asked,) = dist_util.any_rank(signals.received is not None)
+        return (signals.received or "a signal to another rank") if asked else None
+
     # ---------------------------------------------------------------------------------------
-    # Reporting and saving
+    # Reporting
 
     def log_step(self) -> None:
         """Log where the run is, and what the optimizer step measured."""
-        logger.logkv("step", self._updates())
-        logger.logkv("samples", (self._updates() + 1) * self.global_batch)
+        seen = self.state.images + self.global_batch
+        logger.logkvs({"step": self._updates(), "samples": seen, "skipped": self.state.skipped})
+        logger.logkv("lr", self.opt.param_groups[0]["lr"])
         for name, value in self.mp_trainer.metrics.items():
             logger.logkv_mean(name, value)
 
-    def _progress(self) -> tqdm:
-        return tqdm(
-            total=self.total_steps * self.global_batch or None,
-            initial=self.resume_step * self.global_batch,
-            unit="img",
-            unit_scale=True,
-            desc="training",
-            disable=not dist_util.is_main(),
-        )
+    def _report(self, pace: Pace, batch_size: int) -> None:
+        """Close the step: validate, write a row of the log and draw a picture when it is time."""
+        if self.validator.data is not None and self._updates() % self.eval_interval == 0:
+            self.validator.log_batch(self.model, self.state)
+        if self.step == 0:  # at once, since the first row or checkpoint may be far away
+            coming = (self._updates() // self.save_interval + 1) * self.save_interval
+            logger.log(f"step {self._updates()}: {self._loss}; next checkpoint at step {coming}")
+        is_row = self._updates() % self.log_interval == 0
+        self.step += 1
+        self.state.step = self._updates()
+        self.state.images += batch_size * dist_util.get_world_size()
+        if is_row:
+            logger.logkvs(pace.measure(self._updates(), self.state.images))
+            logger.dumpkvs()
+            self.state.last_row = self._updates() - 1
+        if self.preview and self.sample_interval and self._updates() % self.sample_interval == 0:
+            self._draw_preview()
+
+    def _draw_preview(self) -> None:
+        """Draw with the weights of the first EMA, and leave no trace in the run."""
+        weights = self.ema_params[0] if self.ema_params else self.mp_trainer.master_params
+        with self.mp_trainer.showing(weights), train_state.random_kept(), torch.no_grad():
+            self.model.eval()
+            self.preview(self.model, self._updates())
+            self.model.train()
+
+    # ---------------------------------------------------------------------------------------
+    # Saving
 
     def save(self) -> None:
-        """Write weights, EMAs and optimizer state; all ranks call this, rank 0 writes."""
-        step, folder = self._updates(), get_blob_logdir()
-        if dist_util.is_main():
-            self._save_weights(
-                checkpoints.join(folder, checkpoints.model_name(step)),
-                self.mp_trainer.master_params,
-            )
-            for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-                path = checkpoints.join(folder, checkpoints.ema_name(rate, step))
-                self._save_weights(path, params)
-            path = checkpoints.join(folder, checkpoints.opt_name(step))
-            checkpoints.save(path, self.opt.state_dict())
-        dist_util.barrier()
+        """Write weights, EMAs, optimizer and state; all ranks call this, rank 0 writes."""
+        folder = get_blob_logdir()
+        self.state.step = self._updates()
+        averages = dict(zip(self.ema_rate, self.ema_params, strict=True))
+        logger.log(f"saving step {self._updates()} to {folder}")
+        with dist_util.stage("saving a checkpoint"):
+            train_files.save_set(
+                folder, self.state, self.mp_trainer, self.opt, averages, self.flags,
+                classes=self.classes, keep=self.keep_checkpoints,
+            )  # fmt: skip
+        logger.log(train_files.advise(folder, self.state, self.ema_rate))
 
-    def _save_weights(self, path: str, params: list[Tensor]) -> None:
-        logger.log(f"saving {path}")
-        if self.flags:
-            checkpoints.save_flags(path, self.flags)
-        weights = self.mp_trainer.master_params_to_state_dict(params)
-        checkpoints.save(path, {name: value.contiguous() for name, value in weights.items()})
-
-    def _save_all(self) -> int:
-        """Save, and return the number of updates that were saved."""
+    def _save_all(self, whole: bool) -> int:
+        """Save, after a look at the whole validation set; return the updates that were saved."""
+        if whole:
+            self.validator.log_whole_set(self.model, self.state)
         self.save()
         return self._updates()
 
+    def _say_goodbye(self, asked: str | None) -> None:
+        """Write the open row of the log, and say how to go on."""
+        logger.dumpkvs()
+        if asked:
+            logger.log(
+                f"stopped by {asked} after step {self._updates()}; go on with "
+                f"--log_dir {logger.get_dir()} --resume_checkpoint auto"
+            )
+
 
 def _diffusion_losses(
-    diffusion: GaussianDiffusion, model: nn.Module, x_start: Tensor, t: Tensor, cond: Cond
+    diffusion: GaussianDiffusion,
+    model: nn.Module,
+    x_start: Tensor,
+    t: Tensor,
+    cond: Cond,
+    noise: Tensor,
 ) -> dict[str, Tensor]:
-    return diffusion.training_losses(model, x_start, t, model_kwargs=cond)
+    return diffusion.training_losses(model, x_start, t, model_kwargs=cond, noise=noise)
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
@@ -357,74 +444,10 @@ def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | st
     """Return the EMA file that belongs to a model file, or None if there is none."""
     if not main_checkpoint:
         return None
-    folder = os.path.dirname(main_checkpoint)
-    path = checkpoints.join(folder, checkpoints.ema_name(rate, step))
+    path = checkpoint_sets.beside(main_checkpoint, checkpoints.ema_name(rate, step))
     return path if checkpoints.exists(path) else None
 
 
 def log_loss_dict(diffusion: GaussianDiffusion, ts: Tensor, losses: dict[str, Tensor]) -> None:
     """Log the mean of each loss [N], over all timesteps and over each quarter of the chain."""
-    quarters = (4 * ts.cpu() // diffusion.num_timesteps).tolist()
-    for name, values in losses.items():
-        logger.logkv_mean(name, values.mean().item())
-        for quarter, value in zip(quarters, values.tolist(), strict=True):
-            logger.logkv_mean(f"{name}_q{quarter}", value)
-
-
-def seed_ranks(seed: int) -> None:
-    """Seed the global random generators, rank r with `seed` + r; -1 draws a seed."""
-    mine = (choose_seed(seed) + dist_util.get_rank()) % 2**32
-    random.seed(mine)
-    np.random.seed(mine)
-    torch.manual_seed(mine)
-
-
-def train(
-    args: argparse.Namespace,
-    model: nn.Module,
-    diffusion: GaussianDiffusion,
-    data: Iterator[tuple[Tensor, Cond]],
-    flags: dict[str, Any],
-    **more: Any,
-) -> None:
-    """Run the loop that a script's flags describe.
-
-    Args:
-        args: the command line of one of the training scripts.
-        model: the network; it is moved to its device.
-        diffusion: the process.
-        data: the batches.
-        flags: what to write beside every checkpoint of weights.
-        more: further arguments of `TrainLoop`.
-    """
-    classifier = "iterations" in args
-    steps = args.iterations if classifier else args.max_steps
-    own = dict(
-        ema_rate="",
-        use_fp16=args.classifier_use_fp16,
-        lr_anneal_steps=args.iterations if args.anneal_lr else 0,
-        eval_interval=args.eval_interval,
-        log_prefix="train_",
-        initial_lg_loss_scale=16.0,  # as published
-    ) if classifier else dict(
-        ema_rate=args.ema_rate,
-        use_fp16=args.use_fp16,
-        fp16_scale_growth=args.fp16_scale_growth,
-        lr_anneal_steps=args.lr_anneal_steps,
-    )  # fmt: skip
-    same = (
-        "batch_size microbatch lr weight_decay log_interval save_interval resume_checkpoint "
-        "use_bf16"
-    )
-    logger.log("training...")
-    TrainLoop(
-        model=model.to(dist_util.dev()),
-        diffusion=diffusion,
-        data=data,
-        schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
-        max_steps=steps,
-        flags=flags,
-        **{name: getattr(args, name) for name in same.split()},
-        **own,
-        **more,
-    ).run_loop()
+    log_losses(diffusion.num_timesteps, ts, losses)

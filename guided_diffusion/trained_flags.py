@@ -4,10 +4,11 @@ No torch is imported here: a contradiction is told before anything is loaded or 
 """
 
 import argparse
+import os
 from dataclasses import fields
 from typing import Any
 
-from . import checkpoints, config
+from . import checkpoint_sets, checkpoints, config
 
 KINDS = {  # what a checkpoint may be -> the groups of its flags
     "diffusion model": config.DIFFUSION_GROUPS,
@@ -47,19 +48,34 @@ def complete(args: argparse.Namespace, kind: str = "diffusion model") -> argpars
 
 
 def resume(args: argparse.Namespace, kind: str = "diffusion model") -> argparse.Namespace:
-    """Fill in the flags that --resume_checkpoint, if given, was trained with.
+    """Find what a run goes on from or begins with, and fill in the flags of its network.
 
     Args:
         args: the command line of a script that trains, from `config.parse_flags`.
         kind: which of KINDS the script trains.
 
+    Returns:
+        a copy of `args`, in which `resume_checkpoint` is a file or "" and `resume_asked` what
+        the user gave. Flags that fix the network may differ from those of `init_from`, since what
+        does not fit is not taken over, but not from those of a run that goes on.
+
     Raises:
-        ValueError: as `complete`.
+        ValueError: as `complete`, or if there is nothing to go on from.
     """
-    path = args.resume_checkpoint
-    if not path:
-        return args
-    args = adopt_flags(args, _read(path, "resume_checkpoint", kind), path, *KINDS[kind])
+    args = argparse.Namespace(**vars(args), resume_asked=args.resume_checkpoint)
+    log_dir = args.log_dir or os.environ.get("OPENAI_LOGDIR", "")
+    args.resume_checkpoint = checkpoint_sets.resolve_resume(args.resume_asked, log_dir)
+    if args.resume_checkpoint and args.init_from and args.resume_asked != "auto":
+        raise ValueError(
+            f"--init_from {args.init_from} begins a new run and --resume_checkpoint "
+            f"{args.resume_asked} goes on with an old one: give one of them"
+        )
+    for flag, strict in [("resume_checkpoint", True), ("init_from", False)]:
+        path = getattr(args, flag)
+        if path:
+            saved = _read(path, flag, kind)
+            args = adopt_flags(args, saved, path, *KINDS[kind], strict=strict)
+            break
     conflict = config.find_conflict(vars(args))
     if conflict:
         raise ValueError(conflict)
@@ -109,7 +125,11 @@ def _find_mistake(f: Any, value: Any) -> str | None:
 
 
 def adopt_flags(
-    args: argparse.Namespace, saved: dict[str, Any], path: str, *groups: type
+    args: argparse.Namespace,
+    saved: dict[str, Any],
+    path: str,
+    *groups: type,
+    strict: bool = True,
 ) -> argparse.Namespace:
     """Fill in the flags that a checkpoint was trained with.
 
@@ -118,6 +138,7 @@ def adopt_flags(
         saved: flag -> value from the file beside the checkpoint.
         path: the checkpoint, for the message.
         groups: the groups that describe this kind of checkpoint.
+        strict: False lets the user's values win.
 
     Returns:
         a copy of `args`; flags that the user did not give have the checkpoint's values.
@@ -130,7 +151,7 @@ def adopt_flags(
         mine, theirs = getattr(args, name), saved[name]
         if name not in args.given:
             setattr(merged, name, theirs)
-        elif name in fixed and _canonical(mine) != _canonical(theirs):
+        elif strict and name in fixed and _canonical(mine) != _canonical(theirs):
             raise ValueError(
                 f"--{name} {mine} contradicts {path}, which was trained with --{name} {theirs}; "
                 f"leave --{name} out"

@@ -24,7 +24,7 @@ def main(argv=None):
     from guided_diffusion import sample_util as su
     from guided_diffusion.script_util import choose_seed
 
-    with dist_util.process_group(args.device), logger.session(args.log_dir):
+    with dist_util.process_group(args.device, args.dist_timeout), logger.session(args.log_dir):
         model, diffusion = su.load_model_and_diffusion(args)
         cond_fn = su.load_guidance(args)
         seed = choose_seed(args.seed)

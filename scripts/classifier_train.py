@@ -14,45 +14,29 @@ def main(argv=None):
         config.AugmentConfig,
         config.BatchConfig,
         config.OptimConfig,
+        config.KeepConfig,
         config.ClassifierTrainConfig,
         *config.CLASSIFIER_GROUPS,
         argv=argv,
-        overrides={"lr": 3e-4, "batch_size": 4, "random_crop": True},
+        overrides={"lr": 3e-4, "batch_size": 4, "random_crop": True, "ema_rate": ""},
     )
     args = trained_flags.resume(args, "classifier")
 
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.image_datasets import load_data
     from guided_diffusion.losses import classifier_losses
     from guided_diffusion.script_util import (
         args_to_dict,
         classifier_and_diffusion_defaults,
         create_classifier_and_diffusion,
     )
-    from guided_diffusion.train_util import seed_ranks, train
+    from guided_diffusion.training import train, training_data, training_session, validation_data
 
-    with dist_util.process_group(args.device), logger.session(args.log_dir):
-        seed_ranks(args.seed)
+    with training_session(args):
         flags = args_to_dict(args, classifier_and_diffusion_defaults())
         classifier, diffusion = create_classifier_and_diffusion(**flags)
-        load = partial(
-            load_data,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            class_cond=True,
-            in_channels=args.in_channels,
-            num_classes=args.num_classes,
-            random_flip=args.random_flip,
-            random_crop=args.random_crop,
-            report=logger.log,
-        )
-        data = load(data_dir=args.data_dir)
-        val_data = None
-        if args.val_data_dir:
-            val = {"data_dir": args.val_data_dir, "classes_from": args.data_dir}
-            val_data = load(**val, flag="--val_data_dir", random_crop=False)
+        data = training_data(args, args.image_size)
+        more = validation_data(args, data) if args.val_data_dir else {}
         losses = partial(classifier_losses, diffusion, args.noised)
-        train(args, classifier, diffusion, data, flags, loss_fn=losses, val_data=val_data)
+        train(args, classifier, diffusion, data, flags, loss_fn=losses, **more)
 
 
 if __name__ == "__main__":

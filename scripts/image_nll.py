@@ -22,7 +22,7 @@ def main(argv=None):
     from guided_diffusion.image_datasets import load_data
     from guided_diffusion.script_util import choose_seed
 
-    with dist_util.process_group(args.device), logger.session(args.log_dir):
+    with dist_util.process_group(args.device, args.dist_timeout), logger.session(args.log_dir):
         model, diffusion = su.load_model_and_diffusion(args)
         data = load_data(
             data_dir=args.data_dir,
@@ -31,6 +31,9 @@ def main(argv=None):
             class_cond=args.class_cond,
             in_channels=args.in_channels,
             num_classes=args.num_classes,
+            labels=args.labels,
+            num_workers=None if args.num_workers == -1 else args.num_workers,
+            skip_bad_images=args.skip_bad_images,
             once=True,
             report=logger.log,
         )

@@ -22,7 +22,7 @@ def main(argv=None):
     from guided_diffusion import sample_util as su
     from guided_diffusion.script_util import choose_seed
 
-    with dist_util.process_group(args.device), logger.session(args.log_dir):
+    with dist_util.process_group(args.device, args.dist_timeout), logger.session(args.log_dir):
         model, diffusion = su.load_model_and_diffusion(args)
         seed = choose_seed(args.seed)
         labels = su.choose_labels(args, seed) if args.class_cond else None

@@ -12,38 +12,26 @@ def main(argv=None):
         config.AugmentConfig,
         config.BatchConfig,
         config.OptimConfig,
+        config.KeepConfig,
         config.TrainConfig,
         *config.DIFFUSION_GROUPS,
         argv=argv,
     )
     args = trained_flags.resume(args)
 
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.image_datasets import drop_labels, load_data
     from guided_diffusion.script_util import (
         args_to_dict,
         create_model_and_diffusion,
         model_and_diffusion_defaults,
     )
-    from guided_diffusion.train_util import seed_ranks, train
+    from guided_diffusion.training import make_preview, train, training_data, training_session
 
-    with dist_util.process_group(args.device), logger.session(args.log_dir):
-        seed_ranks(args.seed)
+    with training_session(args):
         flags = args_to_dict(args, model_and_diffusion_defaults())
         model, diffusion = create_model_and_diffusion(**flags)
-        data = load_data(
-            data_dir=args.data_dir,
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            class_cond=args.class_cond,
-            in_channels=args.in_channels,
-            num_classes=args.num_classes,
-            random_flip=args.random_flip,
-            random_crop=args.random_crop,
-            report=logger.log,
-        )
-        data = drop_labels(data, args.label_dropout, args.num_classes)
-        train(args, model, diffusion, data, flags)
+        data = training_data(args, args.image_size)
+        preview = make_preview(args, flags, args.image_size)
+        train(args, model, diffusion, data, flags, preview=preview)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,226 @@
+"""The files of a training run: loading weights, averages, optimizer and state, and saving them.
+
+Each part that is loaded gets a line in the log: from where, or that it starts cold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import checkpoint_sets, checkpoints, dist_util, logger, sharding
+from .fp16_util import MixedPrecisionTrainer
+from .resample import ScheduleSampler
+from .train_state import TrainState
+
+MOST_SHOWN = 4  # tensors that --init_from left out
+SETTLED = 0.05  # the share of its beginning that an average may still hold to be sampled from
+
+
+def load_model(model: nn.Module, resume: str, init_from: str) -> None:
+    """Load the weights with which to begin or go on, and make all ranks agree on them.
+
+    Args:
+        model: the network, not yet sharded.
+        resume: the weights file to go on from, or "".
+        init_from: weights to begin with, of which those are taken that fit; or "".
+    """
+    if resume:
+        checkpoints.load_weights(model, resume)
+        logger.log(f"model: from {resume}, step {checkpoints.step_of(resume)}")
+    elif init_from:
+        taken, left = checkpoints.load_what_fits(model, init_from)
+        shown = "; ".join(left[:MOST_SHOWN]) + ("; ..." if len(left) > MOST_SHOWN else "")
+        logger.log(
+            f"model: {taken} tensors from {init_from}, a new run from step 0; "
+            + (f"not taken over: {shown}" if left else "all of them taken over")
+        )
+    dist_util.sync_params(model.parameters())
+
+
+def load_optimizer(opt: Optimizer, resume: str) -> None:
+    """Load the optimizer's state that belongs to the resumed weights, if it is there.
+
+    Raises:
+        ValueError: if it belongs to another network.
+    """
+    if not resume:
+        return
+    path = checkpoint_sets.beside(resume, checkpoints.opt_name(checkpoints.step_of(resume)))
+    if not _all_have(path):
+        logger.log(f"optimizer: cold, there is no {path}")
+        return
+    state = dist_util.load_state_dict(path)
+    try:
+        sharding.load_optimizer_state(opt, state)
+        fits = all(v["exp_avg"].shape == p.shape for p, v in opt.state.items())
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{path} is no optimizer state of this network: give the --use_fp16 and the model "
+            "flags it was written with, or move it away to start the optimizer cold"
+        )
+    group = opt.param_groups[0]
+    kept = f"learning rate {group['lr']:g} and weight decay {group['weight_decay']:g}"
+    logger.log(f"optimizer: from {path}, with its {kept}")
+
+
+def load_ema(trainer: MixedPrecisionTrainer, path: str | None, rate: float) -> list[Tensor] | None:
+    """Return the weight average of a file as tensors like the masters; None if it is cold.
+
+    Args:
+        trainer: holds the network and the masters.
+        path: the file, or None if there is none.
+        rate: of the average, for the log.
+    """
+    path = dist_util.broadcast_object(path)  # all ranks do the same
+    if path is None:
+        return None
+    weights = checkpoints.read_weights(trainer.model, path)
+    logger.log(f"EMA {rate}: from {path}")
+    masters = trainer.state_dict_to_master_params(weights)
+    pairs = zip(masters, trainer.master_params, strict=True)
+    return [sharding.like(mine.detach().to(p.device), p) for mine, p in pairs]
+
+
+def load_state(
+    resume: str, sampler: ScheduleSampler, fallback: TrainState
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Return where the run is, and what each of its ranks kept; `fallback` where nothing is known.
+
+    Args:
+        resume: the weights file to go on from, or "".
+        sampler: is taught what its predecessor had learnt.
+        fallback: counters that follow from the file's name and the flags.
+    """
+    saved = checkpoint_sets.read_state(resume) if resume else None
+    path = checkpoint_sets.beside(resume, checkpoints.state_name(fallback.step))
+    if not dist_util.broadcast_object(saved is not None):
+        if resume:
+            logger.log(
+                f"state: cold, there is no {path}: order of the images, random numbers, loss "
+                "scale and timestep sampler begin anew"
+            )
+        return fallback, []
+    if saved is None:
+        raise ValueError(f"{path} is there for rank 0 only: put --log_dir on a disk that all share")
+    state = TrainState.from_dict(saved, path)
+    logger.log(f"state: from {path}, seed {state.seed}, {state.images:,} images seen")
+    if not _teach(sampler, state.sampler):
+        logger.log("timestep sampler: cold, the saved one is of another kind or length")
+    return state, saved["ranks"]
+
+
+def _teach(sampler: Any, learnt: dict[str, Any]) -> bool:
+    load = getattr(sampler, "load_state_dict", None)
+    return load(learnt) if load else not learnt
+
+
+def _all_have(path: str) -> bool:
+    """Tell whether rank 0 has a file; all ranks get the same answer."""
+    return dist_util.broadcast_object(checkpoints.exists(path))
+
+
+# --------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_set(
+    folder: str,
+    state: TrainState,
+    trainer: MixedPrecisionTrainer,
+    opt: Optimizer,
+    averages: dict[float, list[Tensor]],
+    flags: dict[str, Any],
+    classes: list[str] | None = None,
+    keep: int = 0,
+) -> None:
+    """Write a set of checkpoint files, the state last. All ranks call this, rank 0 writes.
+
+    Args:
+        folder: where to.
+        state: the counters of the run; its step is the number in the file names.
+        trainer: holds the network and the masters.
+        opt: the optimizer.
+        averages: rate -> the EMA's masters.
+        flags: what to write beside each file of weights.
+        classes: the class names, by number, to write beside the set; or None.
+        keep: how many sets to keep, this one included; 0 for all.
+
+    Raises:
+        ValueError: if a weight is not finite; nothing is written then.
+        OSError: if a file cannot be written; what was complete before stays complete.
+    """
+    _check_finite(state.step, trainer.master_params, *averages.values())
+    state.lg_loss_scale = trainer.lg_loss_scale if trainer.use_fp16 else None
+    writer = checkpoint_sets.SetWriter(folder, state.step, flags)
+    named = {checkpoints.model_name(state.step): trainer.master_params}
+    named |= {checkpoints.ema_name(rate, state.step): ema for rate, ema in averages.items()}
+    for name, masters in named.items():
+        weights = trainer.master_params_to_state_dict(masters)
+        writer.weights(name, sharding.gather(weights))
+    writer.save(checkpoints.opt_name(state.step), sharding.optimizer_state(opt))
+    if classes and dist_util.is_main():
+        text = "".join(f"{name}\n" for name in classes).encode()
+        checkpoints.write_file(writer.path(checkpoints.CLASSES), lambda file: file.write(text))
+    writer.complete(state.to_dict())
+    if dist_util.is_main():
+        _tidy(folder, keep, state.step)
+    dist_util.barrier()
+
+
+def _tidy(folder: str, keep: int, step: int) -> None:
+    """Delete what killed runs have left behind, and the sets that are not to be kept."""
+    checkpoint_sets.remove_leftovers(folder)
+    gone = checkpoint_sets.prune(folder, keep, newest=step) if keep else []
+    if gone:
+        logger.log(f"deleted the sets of step {', '.join(map(str, gone))}")
+
+
+def check_classes(resume: str, names: list[str] | None) -> None:
+    """Raise a ValueError if the classes of the data are not those that the run began with."""
+    path = checkpoint_sets.beside(resume, checkpoints.CLASSES)
+    if not resume or not names or not checkpoints.exists(path):
+        return
+    before = checkpoints.read_file(path).decode(errors="replace").splitlines()
+    if before != names:
+        new = sorted(set(names) - set(before)) or sorted(set(before) - set(names)) or names
+        raise ValueError(
+            f"--data_dir has other classes than the run began with ({path} differs, in {new[0]!r} "
+            "for one): their numbers would shift; bring back the old images, or begin a new run "
+            "with --init_from"
+        )
+
+
+def _check_finite(step: int, *groups: list[Tensor]) -> None:
+    """Raise a ValueError on all ranks if a weight of any of them is not finite."""
+    local = [t.to_local() if sharding.is_sharded(t) else t for group in groups for t in group]
+    broken = not all(bool(tensor.isfinite().all()) for tensor in local)
+    if dist_util.any_rank(broken)[0]:
+        raise ValueError(
+            f"after step {step} some weights are not finite: they are not saved; go on from an "
+            "earlier checkpoint with a lower --lr, or with --grad_clip 1"
+        )
+
+
+def advise(folder: str, state: TrainState, rates: list[float]) -> str:
+    """Say which file of the newest set to sample from, and how much of its EMA is initial weights.
+
+    An average of rate r still holds the share r**n of what it began with after n steps.
+    """
+    model = checkpoints.join(folder, checkpoints.model_name(state.step))
+    if not rates:
+        return f"step {state.step} is saved: use {model}"
+    shares = {rate: rate ** (state.step - state.ema_began[str(rate)]) for rate in rates}
+    settled = [rate for rate in rates if shares[rate] < SETTLED]
+    best = max(settled) if settled else min(rates)
+    path = checkpoints.join(folder, checkpoints.ema_name(best, state.step))
+    if settled:
+        return f"step {state.step} is saved: sample from {path}"
+    return (
+        f"step {state.step} is saved: sample from {model} for now; {shares[best]:.0%} of {path} "
+        "is still the weights it began with"
+    )

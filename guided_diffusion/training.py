@@ -1,0 +1,222 @@
+"""From the flags of a training script to a running loop: seed, data, pictures, options."""
+
+import argparse
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint_sets, checkpoints, dist_util, logger, streams, train_files, train_state
+from .gaussian_diffusion import GaussianDiffusion
+from .image_datasets import ImageStream, load_data
+from .pictures import class_names, save_grid, to_uint8
+from .resample import create_named_schedule_sampler
+from .script_util import choose_seed, create_gaussian_diffusion
+from .train_util import TrainLoop, get_blob_logdir
+
+PREVIEW_IMAGES, PREVIEW_STEPS = 16, 25
+
+
+@contextmanager
+def training_session(args: argparse.Namespace):
+    """Join the ranks, open the log, and settle what the run begins from and its seed.
+
+    Within the block `args.seed` is a seed and `args.resume_checkpoint` a file or "", the same on
+    all ranks.
+    """
+    with (
+        dist_util.process_group(args.device, args.dist_timeout),
+        logger.session(args.log_dir, tensorboard=args.tensorboard, comm=logger.Ranks()),
+    ):
+        for line in dist_util.describe_ranks():
+            logger.log(line)
+        _agree_on_resume(args)
+        args.seed = _choose_seed(args)
+        train_state.seed_globally(args.seed)
+        yield
+
+
+def _agree_on_resume(args: argparse.Namespace) -> None:
+    """Make sure that all ranks found the same checkpoint, and say so if there was none to find."""
+    path, asked = args.resume_checkpoint, args.resume_asked
+    if len(set(dist_util.all_gather_objects(path))) > 1:
+        raise ValueError(
+            f"--resume_checkpoint {asked} is not the same for all ranks: they must share the disk"
+        )
+    if asked == "auto" and not path:
+        logger.log("--resume_checkpoint auto: no complete set yet, a new run begins")
+    folder, step = get_blob_logdir(), checkpoints.step_of(path)
+    later = [n for n in checkpoint_sets.steps_among(checkpoints.names_in(folder)) if n > step]
+    if later:
+        logger.warn(
+            f"{folder} holds sets of later steps, up to {later[0]}, of another run; auto would go "
+            "on from those: move them away"
+        )
+
+
+def _choose_seed(args: argparse.Namespace) -> int:
+    """Return --seed, else the seed of the resumed run, else one drawn now; log it."""
+    state = checkpoint_sets.read_state(args.resume_checkpoint) if args.resume_checkpoint else None
+    saved = dist_util.broadcast_object(state["seed"] if state else None)
+    if saved is not None and args.seed not in (-1, saved):
+        logger.warn(f"--seed {args.seed} replaces the run's {saved}: other images, other noise")
+    return choose_seed(saved if args.seed == -1 and saved is not None else args.seed)
+
+
+def training_data(args: argparse.Namespace, image_size: int, **more: Any) -> ImageStream:
+    """Return the batches that a script's flags describe; `more` are arguments of `load_data`."""
+    options = dict(
+        data_dir=args.data_dir,
+        batch_size=args.batch_size,
+        image_size=image_size,
+        class_cond=getattr(args, "class_cond", True),
+        in_channels=args.in_channels,
+        num_classes=args.num_classes,
+        random_flip=args.random_flip,
+        random_crop=args.random_crop,
+        labels=args.labels,
+        num_workers=None if args.num_workers == -1 else args.num_workers,
+        skip_bad_images=args.skip_bad_images,
+        label_dropout=getattr(args, "label_dropout", 0.0),
+        seed=args.seed,
+        report=logger.log,
+    )
+    return load_data(**options | more)
+
+
+def validation_data(args: argparse.Namespace, data: ImageStream) -> dict[str, ImageStream]:
+    """Return the validation batches, and the whole set, as arguments of `TrainLoop`."""
+    load = partial(
+        training_data, args, args.image_size, data_dir=args.val_data_dir, flag="--val_data_dir",
+        classes=data.classes, random_crop=False,
+    )  # fmt: skip
+    return {"val_data": load(), "val_set": load(once=True, report=None)}
+
+
+def train(
+    args: argparse.Namespace,
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    data: ImageStream,
+    flags: dict[str, Any],
+    **more: Any,
+) -> None:
+    """Run the loop that a script's flags describe.
+
+    Args:
+        args: the command line of one of the training scripts, within `training_session`.
+        model: the network; it is moved to its device.
+        diffusion: the process.
+        data: the batches.
+        flags: what to write beside every checkpoint of weights.
+        more: further arguments of `TrainLoop`.
+    """
+    classifier = "iterations" in args
+    own = dict(
+        use_fp16=args.classifier_use_fp16,
+        max_steps=args.iterations,
+        lr_anneal_steps=args.iterations if args.anneal_lr else 0,
+        eval_interval=args.eval_interval,
+        log_prefix="train_",
+        initial_lg_loss_scale=16.0,  # as published
+    ) if classifier else dict(
+        use_fp16=args.use_fp16,
+        fp16_scale_growth=args.fp16_scale_growth,
+        max_steps=args.max_steps,
+        lr_anneal_steps=args.lr_anneal_steps,
+        sample_interval=args.sample_interval,
+    )  # fmt: skip
+    same = (
+        "batch_size microbatch lr weight_decay ema_rate log_interval save_interval "
+        "resume_checkpoint init_from use_bf16 seed grad_clip max_bad_steps keep_checkpoints "
+        "shard_params"
+    )
+    train_files.check_classes(args.resume_checkpoint, data.classes)
+    logger.log("training...")
+    TrainLoop(
+        model=model if args.shard_params else model.to(dist_util.dev()),
+        diffusion=diffusion,
+        data=data,
+        schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
+        flags=flags,
+        classes=data.classes,
+        **{name: getattr(args, name) for name in same.split()},
+        **own | more,
+    ).run_loop()
+
+
+# --------------------------------------------------------------------------------------------
+# Pictures while training
+
+
+def make_preview(
+    args: argparse.Namespace, flags: dict[str, Any], image_size: int, **data_options: Any
+) -> Callable[[nn.Module, int], None] | None:
+    """Return a function (network, step) that draws a grid of samples; None if none are wanted.
+
+    The same noise and labels each time, so that pictures of different steps compare. An upsampler
+    enlarges the first images of the data.
+
+    Args:
+        args: the command line of a diffusion trainer.
+        flags: of the process.
+        image_size: height and width of the samples.
+        data_options: further arguments of `load_data`, which shrink the images for an upsampler.
+    """
+    if not args.sample_interval:
+        return None
+    process = create_gaussian_diffusion(
+        steps=flags["diffusion_steps"],
+        timestep_respacing=_few_steps(flags["diffusion_steps"]),
+        **{name: flags[name] for name in PROCESS_FLAGS},
+    )
+    cond = {}
+    if data_options:
+        first = training_data(
+            args, image_size, batch_size=PREVIEW_IMAGES, once=True, class_cond=False,
+            num_workers=0, report=None, **data_options,
+        )  # fmt: skip
+        cond = next(first)[1]
+    count = len(next(iter(cond.values()))) if cond else PREVIEW_IMAGES
+    if args.class_cond:
+        cond["y"] = torch.arange(count) % args.num_classes
+    shape = (count, args.in_channels, image_size, image_size)
+    return partial(_draw_preview, args, process, shape, cond)
+
+
+PROCESS_FLAGS = (
+    "learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps",
+)  # fmt: skip
+
+
+def _few_steps(num_timesteps: int) -> str:
+    """Return a respacing of about PREVIEW_STEPS even DDIM steps, without the last timestep."""
+    stride = -(-num_timesteps // PREVIEW_STEPS)
+    return f"ddim{len(range(0, num_timesteps, stride))}"
+
+
+def _draw_preview(
+    args: argparse.Namespace,
+    process: GaussianDiffusion,
+    shape: tuple[int, ...],
+    cond: dict[str, Tensor],
+    model: nn.Module,
+    step: int,
+) -> None:
+    """Draw the grid of one step. All ranks draw the same, rank 0 writes it."""
+    device = dist_util.dev()
+    noise = torch.from_numpy(streams.normal(args.seed, range(shape[0]), streams.SAMPLE, shape[1:]))
+    with dist_util.stage("drawing samples"), dist_util.precision(args.use_bf16):
+        images = process.ddim_sample_loop(
+            model, shape, noise=noise.to(device),
+            model_kwargs={name: value.to(device) for name, value in cond.items()},
+        )  # fmt: skip
+    if dist_util.is_main():
+        path = os.path.join(logger.get_dir(), f"samples_{step:06d}.png")
+        names = class_names(os.path.join(get_blob_logdir(), "model.pt"))
+        labels = cond["y"].numpy() if "y" in cond else None
+        save_grid(to_uint8(images), labels, path, names)
