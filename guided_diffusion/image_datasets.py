@@ -7,12 +7,14 @@ has seen can go on with it, with as many ranks as there are now.
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,10 +30,12 @@ from .image_decoding import (
     BadImage,
     center_crop_arr,
     guard,
+    one_line,
     random_crop_arr,
     read_image,
     to_array,
 )
+from .image_order import EpochOrder, Picks, endless_batches, single_pass
 
 __all__ = [
     "ImageDataset",
@@ -47,7 +51,6 @@ __all__ = [
 ]
 
 Batch = tuple[Tensor, dict[str, Tensor]]  # images [N, C, H, W] in [-1, 1]; {} or {"y": [N]}
-Picks = list[tuple[int, int]]  # what a batch holds: numbers within the run, and their entries
 
 PIL_MODES = {1: "L", 3: "RGB"}  # number of channels -> what Pillow converts to
 MAX_WORKERS = 8  # by default
@@ -114,6 +117,8 @@ def load_data(
         ValueError: The data is missing or empty, or its classes do not fit. A broken image raises
             it later, from the iterator.
     """
+    if label_dropout and (not class_cond or num_classes is None):
+        raise ValueError(f"--label_dropout {label_dropout} needs --class_cond and --num_classes")
     if batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {batch_size}")
     report = report or (lambda line: None)
@@ -191,55 +196,6 @@ def describe(
     return f"{line}, {describe_classes(names, counts)}"
 
 
-# Which images a step shows
-
-
-class EpochOrder:
-    """Which entry each image number of a run is.
-
-    Args:
-        num_entries: N, the number of entries.
-        seed: Of the epochs' orders; None for the order of the entries in every epoch.
-    """
-
-    def __init__(self, num_entries: int, seed: int | None):
-        self.num_entries = num_entries
-        self.seed = seed
-        self._epoch = lru_cache(maxsize=2)(self._draw)  # a batch may lie across two
-
-    def _draw(self, epoch: int) -> np.ndarray:
-        if self.seed is None:
-            return np.arange(self.num_entries)
-        return streams.stream(self.seed, epoch, streams.ORDER).permutation(self.num_entries)
-
-    def picks(self, start: int, stop: int) -> Picks:
-        """Return the image numbers from start to stop, each with its entry."""
-        entries = []
-        while (number := start + len(entries)) < stop:
-            epoch, done = divmod(number, self.num_entries)
-            entries += self._epoch(epoch)[done : done + stop - number].tolist()
-        return list(zip(range(start, stop), entries, strict=True))
-
-
-def endless_batches(
-    order: EpochOrder, batch_size: int, rank: int, world_size: int, start: int
-) -> Iterator[Picks]:
-    """Yield one rank's part of each step, for ever; the first step begins at number `start`."""
-    while True:
-        mine = start + rank * batch_size
-        yield order.picks(mine, mine + batch_size)
-        start += world_size * batch_size
-
-
-def single_pass(
-    num_entries: int, batch_size: int, rank: int, world_size: int, start: int
-) -> Iterator[Picks]:
-    """Yield every world_size-th entry from start + rank on, a batch at a time, to the last."""
-    mine = range(start + rank, num_entries, world_size)
-    for at in range(0, len(mine), batch_size):
-        yield [(entry, entry) for entry in mine[at : at + batch_size]]
-
-
 class ImageStream(Iterator):
     """An iterator over batches that can be sent to any image number of the run.
 
@@ -270,6 +226,7 @@ class ImageStream(Iterator):
         self._batches, self._plan, self._step = batches, plan, step
         self._num_workers, self._report = num_workers, report
         self._items, self._is_over, self._bad = None, False, set()
+        _streams.add(self)
 
     @property
     def num_bad(self) -> int:
@@ -278,8 +235,9 @@ class ImageStream(Iterator):
 
     def seek(self, image_number: int) -> None:
         """Let the next batch begin at this image number of the run, whatever came before."""
+        assert image_number >= 0, image_number
         self.close()
-        self.position, self._is_over = image_number, False
+        self.position, self._is_over = int(image_number), False
 
     def close(self) -> None:
         """End the workers. The next batch, if one is asked for, starts new ones."""
@@ -290,12 +248,7 @@ class ImageStream(Iterator):
             raise StopIteration
         if self._items is None:
             self._items = iter(self._make_loader())
-        try:
-            item = next(self._items)
-        except StopIteration:
-            self.close()
-            self._is_over = True
-            raise
+        item = self._next_item()
         if isinstance(item, ValueError):
             self.close()  # else the traceback would keep the workers alive
             raise item
@@ -303,6 +256,22 @@ class ImageStream(Iterator):
         self.position += self._step
         self._tell(bad)
         return images, cond
+
+    def _next_item(self) -> tuple | list | ValueError:
+        try:
+            return next(self._items)
+        except StopIteration:
+            self._is_over = True
+            self.close()
+            raise
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            return ValueError(
+                f"--num_workers {self._num_workers}: a process that decodes images has died "
+                f"({one_line(error)}): use fewer, or 0, or give the machine more shared memory"
+            )
 
     def _make_loader(self) -> DataLoader:
         """Return a loader whose items are whole batches, or the ValueError of a broken image."""
@@ -323,6 +292,16 @@ class ImageStream(Iterator):
             if path not in self._bad:
                 self._bad.add(path)
                 self._report(f"skipped: {path} ({reason})")
+
+
+_streams = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End all workers: at exit Python sends SIGTERM, which they ignore, and would wait for them."""
+    for stream in list(_streams):
+        stream.close()
 
 
 def _ignore_signals(_worker: int) -> None:
@@ -347,7 +326,7 @@ class _Batches(Dataset):
     null_class: int | None
     skip_bad_images: bool
     prepare: Callable[[Tensor, dict[str, Tensor]], Batch] | None
-    known_bad: dict[int, BadImage] = field(default_factory=dict)
+    known_bad: dict[int, str] = field(default_factory=dict)
 
     def __getitem__(self, picks: Picks) -> tuple[Tensor, dict, list[tuple[str, str]]] | ValueError:
         bad, arrays, entries = {}, [], []
@@ -387,8 +366,8 @@ class _Batches(Dataset):
                 return self._read(entry), entry
             except BadImage as error:
                 if not self.skip_bad_images:
-                    raise
-                bad[error.path] = error.reason
+                    raise ValueError(f"{error}, or give --skip_bad_images True") from None
+                self.known_bad[entry] = bad[error.path] = error.reason
             entry = (entry + 1) % len(self.source)
         raise ValueError(
             f"{self.source.flag} {self.source.data_dir!r} holds {len(self.source)} images, and "
@@ -397,14 +376,10 @@ class _Batches(Dataset):
 
     def _read(self, entry: int) -> Image.Image:
         """Decode an entry, unless it is known to be broken."""
+        read, flag, path = self.source.read, self.source.flag, self.source.path(entry)
         if entry in self.known_bad:
-            raise self.known_bad[entry]
-        read, source = self.source.read, self.source
-        try:
-            return guard(lambda: read(entry).convert(self.mode), source.flag, source.path(entry))
-        except BadImage as error:
-            self.known_bad[entry] = error
-            raise
+            raise BadImage(flag, path, self.known_bad[entry])
+        return guard(lambda: read(entry).convert(self.mode), flag, path)
 
 
 class ImageDataset(Dataset):
