@@ -22,10 +22,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from . import heartbeat
-from .heartbeat import explain as explain  # noqa: PLC0414 - programs look for them here
+from .heartbeat import explain as explain  # looked for in this module
 from .heartbeat import stage as stage
 from .heartbeat import waiting
 from .launchers import (
+    GRACE,
     TIMEOUT,
     Launch,
     abort,
@@ -96,11 +97,12 @@ def _join(launch: Launch, pulse: heartbeat.Heartbeat, device: str | None) -> Non
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if backend == "nccl":  # its own watchdog ends a rank without a word, so let it come last
-        timeout += timedelta(seconds=2 * heartbeat.GRACE)
+        timeout += timedelta(seconds=2 * GRACE)
     dist.init_process_group(
         backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout
     )
     _state.store = dist.PrefixStore("guided_diffusion/shared", store)
+    heartbeat.explain_if_uncaught(launch.rank)
     if launch.launcher == "mpi":
         abort_if_uncaught()  # last, to be the outermost hook: torch's holds back what is printed
 
@@ -203,7 +205,7 @@ def process_group(device: str | None = None, timeout: float | None = None) -> It
         is_normal_exit = isinstance(error, SystemExit) and not error.code
         if get_world_size() > 1 and not is_normal_exit:
             heartbeat.report_error(error, get_rank())
-            abort(1)
+            abort(_exit_code(error))
         raise
     finally:
         if made_here and _group_exists():
@@ -212,6 +214,13 @@ def process_group(device: str | None = None, timeout: float | None = None) -> It
             heartbeat.stop()
             dist.destroy_process_group()
             _state.store = None
+
+
+def _exit_code(error: BaseException) -> int:
+    """Return the exit code of a process that this error ends."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 # Asking and telling

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from .launchers import Launch, abort, first_line
+from .launchers import GRACE, Launch, abort, first_line
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 4.0  # seconds without one, after which a rank counts as dead or stopped
-GRACE = 5.0  # seconds past the timeout, after which a wait that did not fail is ended
 
 LESS_MEMORY = (
     "use a smaller --batch_size or, in training, a smaller --microbatch, --use_checkpoint True, "
@@ -43,7 +42,7 @@ _pulse: list[Heartbeat] = []  # of this process, if it is in a job of several ra
 class Stage:
     """What the main thread does between entering and leaving this context."""
 
-    __slots__ = ("name", "since", "until", "waits")
+    __slots__ = ("name", "since", "until", "waits")  # entered hundreds of times a second
 
     def __init__(self, name: str, waits: bool = False):
         self.name = name
@@ -61,6 +60,10 @@ class Stage:
         if error is not None and not _failed:
             self.until = time.monotonic()
             _failed.append(self)
+
+    def is_vain(self) -> bool:
+        """Tell whether this rank waits here, or failed here: then others are the cause."""
+        return self.waits or self.until is not None
 
     def age(self) -> float:
         """Return for how many seconds this stage has gone on, or went on until it failed."""
@@ -85,9 +88,9 @@ def waiting(name: str) -> Stage:
 
 def _present() -> Stage | None:
     """Return the stage of the main thread: the innermost, or the one in which it failed."""
-    for stages in (_stages, _failed):
-        if stages:
-            return stages[-1]
+    for top in (_stages[-1:], _failed[-1:]):  # slices: the main thread may leave meanwhile
+        if top:
+            return top[0]
     return None
 
 
@@ -122,6 +125,7 @@ class Heartbeat:
         self.listening: float | None = None  # since when
         self.num_beats = 0
         self.last_words: str | None = None
+        self.failed = self.server_left = False
         self.job_over: float | None = None  # since when this rank knows
         self._stop, self._wake, self._told = (threading.Event() for _ in range(3))
         self._threads = [self._start(self._watch)]
@@ -152,7 +156,7 @@ class Heartbeat:
 
     def say_last_words(self, words: str) -> None:
         """Tell the others that this rank ends the job, and why ("" if it is but a victim)."""
-        self.last_words = words
+        self.last_words, self.failed = words, True
         if self.store is not None:
             self._wake.set()
             self._told.wait(BEAT)
@@ -162,7 +166,7 @@ class Heartbeat:
     def _beat(self) -> None:
         """Tell, and hear, once a second; end with the store."""
         try:
-            while not self._stop.is_set() and self._store_says() != b"end":
+            while not self._stop.is_set() and not self._server_leaves():
                 self._tell()
                 if self._wants_to_know():
                     self._listen()
@@ -172,13 +176,14 @@ class Heartbeat:
         except Exception:  # of whatever kind: the server is gone, as answered will tell
             return
 
-    def _store_says(self) -> bytes:
-        """Return why the job is over, or nothing; know from the answer that the store lives."""
+    def _server_leaves(self) -> bool:
+        """Ask whether the job is over, and learn from the answer that the store lives."""
         over = self.store.get("over") if self.store.check(["over"]) else b""
         self.answered = time.monotonic()
-        if over == b"error" and self.last_words is None and self.job_over is None:
+        if over == b"error" and not self.failed and self.job_over is None:
             self.job_over = self.answered
-        return over
+        self.server_left = over == b"end"
+        return self.server_left
 
     def _tell(self) -> None:
         """Give one sign of life."""
@@ -188,20 +193,19 @@ class Heartbeat:
             "host": socket.gethostname(),
             "stage": now and now.name,
             "age": now and now.age(),
-            "waits": now is not None and (now.waits or now.until is not None),
+            "waits": now is not None and now.is_vain(),
             "last_words": self.last_words,
         }
         self.store.set(str(self.launch.rank), json.dumps(said))
-        if self.last_words is not None:
+        if self.failed:
             self.store.set("over", "error")
-            self._store_says()  # answered only after the store took the lines above
+            self.store.check(["over"])  # answered only after the store took the lines above
             self._told.set()
 
     def _wants_to_know(self) -> bool:
         """Tell whether to hear the others: not before this rank has waited or failed."""
         now = _present()
-        waits = now is not None and (now.waits or now.until is not None)
-        if waits and (now.until or now.age() > BEAT):
+        if now is not None and now.is_vain() and (now.until or now.age() > BEAT):
             return True
         self.listening = None
         self.signs.clear()
@@ -220,8 +224,11 @@ class Heartbeat:
 
     def _leave(self) -> None:
         """Sign off; the rank that serves the store lets the others do so first."""
+        if self.last_words is None:
+            self.last_words = "its program was over"
+        self._tell()
         gone = self.store.add("gone", 1)
-        if self.launch.rank > 0 or self.launch.launcher == "env":
+        if self.launch.rank > 0 or self.launch.launcher == "env" or self.failed:
             return
         self.store.set("over", "end")
         deadline = time.monotonic() + 2 * BEAT
@@ -234,8 +241,9 @@ class Heartbeat:
     def _watch(self) -> None:
         """End the process if it waits far too long, or long after another rank ended the job."""
         while not self._stop.wait(BEAT / 2):
-            now = _stages[-1] if _stages else None
-            if now is not None and now.waits and now.age() > self.timeout + GRACE:
+            now = _present()
+            too_long = now is not None and now.age() > self.timeout + GRACE
+            if too_long and now.waits and now.until is None:
                 self._end(self.name_cause("no answer"))
             if self.job_over is not None and time.monotonic() - self.job_over > 2 * GRACE:
                 self._end("another rank ended the job, and this one went on")
@@ -262,9 +270,10 @@ class Heartbeat:
         deadline = time.monotonic() + SILENCE + 2 * BEAT
         while self.store is not None and time.monotonic() < deadline:
             since = self.listening
-            if self._store_is_lost() or (since and time.monotonic() - since > SILENCE):
+            if self.server_left or self._store_is_lost():
                 return
-            if any(sign.said["last_words"] for sign in list(self.signs.values())):
+            told = any(sign.said["last_words"] for sign in list(self.signs.values()))
+            if told or (since and time.monotonic() - since > SILENCE):
                 return
             time.sleep(0.1)
 
@@ -275,6 +284,8 @@ class Heartbeat:
         """Name the ranks that are to blame: those that failed, else the silent, else the late."""
         if self.store is None:
             return ["some rank did not come"]
+        if self.server_left:
+            return ["rank 0 ended: its program was over"]
         if self._store_is_lost():
             silence = time.monotonic() - self.answered
             served = "the launcher" if self.launch.launcher == "env" else "rank 0"
@@ -291,9 +302,9 @@ class Heartbeat:
 
 
 def name_failed(rank: int, sign: Sign) -> str | None:
-    """Name a rank that told why it ended."""
+    """Name a rank that told why it ended, unless that was because of others."""
     words = sign.said["last_words"]
-    return f"rank {rank} on {sign.said['host']} failed: {words}" if words else None
+    return f"rank {rank} on {sign.said['host']} ended: {words}" if words else None
 
 
 def name_silent(rank: int, sign: Sign) -> str | None:
@@ -367,19 +378,38 @@ def _place(symptom: str) -> str:
 
 def report_error(error: BaseException, rank: int) -> None:
     """Print what ends this rank, for people in one line, and tell it the other ranks."""
-    if isinstance(error, SystemExit):
-        line = None if isinstance(error.code, int) else str(error.code)
+    if isinstance(error, SystemExit) and not isinstance(error.code, int):
+        line = str(error.code)
     else:
         line = explain(error)
-    words = "" if is_between_ranks(error) else line or f"{type(error).__name__}: {error}"
-    if _pulse:
-        _pulse[0].say_last_words(" ".join(words.split()))
+    _say_last_words(error, line)
+    if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and line is None):
+        return
+    shown = [f"error: {line}"] if line else []
     if line is None or os.environ.get("GUIDED_DIFFUSION_TRACEBACK"):
-        trace = "".join(traceback.format_exception(error)).rstrip()
-        line = f"{trace}\nerror: {line}" if line else trace
-        report(line, rank)
-    else:
-        report(f"error: {line}", rank)
+        shown.insert(0, "".join(traceback.format_exception(error)).rstrip())
+    report("\n".join(shown), rank)
+
+
+def _say_last_words(error: BaseException, line: str | None) -> None:
+    """Tell the other ranks why this one ends, in a few words."""
+    words = "" if is_between_ranks(error) else line or f"{type(error).__name__} {error}"
+    if _pulse:
+        _pulse[0].say_last_words(" ".join(words.split())[:300])
+
+
+def explain_if_uncaught(rank: int) -> None:
+    """Let an uncaught exception be told the other ranks, and one that came from them explained."""
+    show = sys.excepthook
+
+    def show_and_explain(kind, error, trace):
+        show(kind, error, trace)
+        line = explain(error)
+        _say_last_words(error, line)
+        if is_between_ranks(error):
+            report(f"error: {line}", rank)
+
+    sys.excepthook = show_and_explain
 
 
 def report(text: str, rank: int) -> None:

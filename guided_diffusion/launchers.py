@@ -7,11 +7,13 @@ only where an MPI launcher started two ranks or more.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import re
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others before it gives up
 
+GRACE = 5.0  # seconds past the timeout, after which a wait that did not fail is ended
 SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
 
 # (rank, world size, rank within the host) in the words of each MPI launcher
@@ -108,7 +111,7 @@ def _meet_by_slurm(launch: Launch, timeout: timedelta) -> tuple[Store, Launch]:
 
 def _meet_by_mpi(launch: Launch, timeout: timedelta) -> tuple[Store, Launch]:
     """Meet at an address that rank 0 picks and tells the others over MPI."""
-    mpi = _import_mpi(launch)
+    mpi = _start_mpi_with_all_ranks(launch, timeout)
     host_comm = mpi.COMM_WORLD.Split_type(mpi.COMM_TYPE_SHARED)
     local_rank = host_comm.Get_rank() if launch.local_rank is None else launch.local_rank
     one_host = host_comm.Get_size() == launch.world_size
@@ -144,15 +147,24 @@ def _open_store(host: str, port: int, launch: Launch, timeout: timedelta) -> Sto
         ) from error
 
 
-def _import_mpi(launch: Launch) -> Any:
-    """Import mpi4py, or say in one line how to get it."""
+def _start_mpi_with_all_ranks(launch: Launch, timeout: timedelta) -> Any:
+    """Import mpi4py, or say in one line how to get it.
+
+    MPI starts when every rank did. Until then it holds the interpreter, and no thread of this
+    process could end the wait: after the timeout it ends with a traceback to this function.
+    """
     try:
+        faulthandler.dump_traceback_later(
+            timeout.total_seconds() + GRACE, exit=True, file=sys.__stderr__
+        )
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise ValueError(
             f"an MPI launcher started {launch.world_size} ranks, but mpi4py does not load "
             f"({first_line(error)}): pip install mpi4py mpich, or use torchrun"
         ) from error
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     size = MPI.COMM_WORLD.Get_size()
     if size != launch.world_size:
         raise ValueError(
@@ -212,6 +224,9 @@ def abort(code: int = 1) -> None:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and read_launch(os.environ).launcher == "mpi":
         time.sleep(0.5)  # for mpiexec to pass on what was printed: it drops the rest when it kills
+        last_resort = threading.Timer(GRACE, os._exit, [code])
+        last_resort.daemon = True
+        last_resort.start()
         mpi.COMM_WORLD.Abort(code)
     os._exit(code)
 
