@@ -7,6 +7,7 @@ and translates between slices and the whole tensors that files hold.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,8 @@ def shard(model: nn.Module) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # Of logits that are a view, as a classifier's: in place they must not change, and do not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(dist_util.dev().type, (dist_util.get_world_size(),))
     for part in [*_blocks(model), model]:
         # By default the last one would stay whole after a forward pass without a backward one.

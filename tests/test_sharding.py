@@ -86,6 +86,12 @@ def test_when_gradients_are_exchanged_does_not_matter(two):
     np.testing.assert_allclose(losses, two["whole"]["losses"][:2], rtol=1e-5)
 
 
+def test_a_forward_pass_without_a_backward_one_leaves_shards(two):
+    """Or the next pass would not see weights that were changed in between, say for an average's."""
+    (losses, are_sharded), (expected, _) = two["looks"]
+    assert are_sharded and losses == expected
+
+
 def test_adamw_steps_shards_like_whole_tensors(two):
     """Parameter by parameter or all at once, also where a rank has nothing of a parameter."""
     expected, *others = two["adamw"].values()

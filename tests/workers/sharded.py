@@ -143,6 +143,21 @@ class Odd(nn.Module):
         self.params = nn.ParameterList(nn.Parameter(draw("", s, 3)) for s in SHAPES if s)
 
 
+@torch.no_grad()
+def look(factors):
+    """Multiply the weights by each factor in turn and take a forward pass; return the last losses.
+
+    And whether the parameters are sharded after it.
+    """
+    run = Run("sharded")
+    x_start, noise, t, y = batch_of(0)
+    for factor in factors:
+        for param in run.trainer.master_params:
+            param.mul_(factor)
+        terms = run.diffusion.training_losses(run.net, x_start, t, dict(y=y), noise)
+    return terms["loss"].tolist(), all(map(sharding.is_sharded, run.model.parameters()))
+
+
 def step_odd(sharded, foreach):
     """Return the parameters of `Odd` after two steps with AdamW, one by one or all at once."""
     odd = Odd()
@@ -195,6 +210,7 @@ def laws():
         "exchange_each": train("sharded", exchange_each=True, **short),
         "whole_bf16": train("whole", **bf16, **short),
         "sharded_bf16": train("sharded", **bf16, **short),
+        "looks": [look([1.0, 1.5]), look([1.5])],
         "adamw": {how: step_odd(*how) for how in product((False, True), (False, True))},
         "parts": dist_util.gather_objects(take_apart()),
     }
