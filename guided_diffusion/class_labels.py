@@ -159,7 +159,7 @@ def _by_number(found: Iterable[int], known: Iterable[int], where: str) -> Labell
     if lowest < 0 or highest >= MAX_CLASSES:
         wrong = lowest if lowest < 0 else highest
         raise ValueError(
-            f"{where} holds the class {wrong}: classes are numbered from 0 on, "
+            f"{where} holds the class {str(wrong)[:30]}: classes are numbered from 0 on, "
             f"below {MAX_CLASSES:,}; correct it"
         )
     return list(map(str, found)), [str(k) for k in range(highest + 1)], f"numbered in {where}"

@@ -1,33 +1,35 @@
 """guided_diffusion.image_datasets: which images and labels a training run sees."""
 
-import io
-import itertools
+import multiprocessing
 import os
 import random
-from collections import Counter
+import signal
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from guided_diffusion import dist_util, image_datasets
-from guided_diffusion.image_datasets import (
-    ImageDataset,
-    center_crop_arr,
-    describe,
-    drop_labels,
-    load_data,
-    random_crop_arr,
+from toy_images import (
+    WRITERS,
+    assert_same,
+    grey_png,
+    ids,
+    load,
+    noise_images,
+    one_line_error,
+    spoil,
+    take,
+    write_csv,
+    write_folder,
+    write_zip,
 )
 
-REFERENCE = Path(__file__).parent / "reference" / "images.npz"
-
-
-def grey_png(path, value, size=(8, 8)):
-    """Write an image of one grey value, by which a test knows it again."""
-    Image.new("L", size, value).save(path)
+from guided_diffusion import dist_util, image_datasets, streams
+from guided_diffusion.image_datasets import ImageDataset, add_low_res, find_images, load_data
 
 
 @pytest.fixture
@@ -37,21 +39,22 @@ def folder(tmp_path):
     for k in range(11):
         where = tmp_path if k < 6 else tmp_path / "sub"
         grey_png(where / f"{k % 3}_{k:02d}.png", 10 * k)
-    order = image_datasets.find_images(str(tmp_path))
-    for value, path in enumerate(order):
+    for value, path in enumerate(find_images(str(tmp_path))):
         grey_png(path, 10 * value)
     return str(tmp_path)
 
 
-def load(data_dir, **kwargs):
-    """Call load_data with small defaults, in this process."""
-    options = dict(batch_size=4, image_size=8, in_channels=1, num_workers=0, random_flip=False)
-    return load_data(data_dir=data_dir, **{**options, **kwargs})
+@pytest.fixture
+def noisy(tmp_path):
+    """11 images of noise, larger than needed, of the classes 0 to 10."""
+    names = [f"{k:02d}_x.png" for k in range(11)]
+    return write_folder(tmp_path / "noisy", names, noise_images(11, side=13))
 
 
-def ids(batch):
-    """Return which of the images 0, 1, ... of `folder` a batch holds."""
-    return ((batch[0].mean(dim=(1, 2, 3)) + 1) * 127.5 / 10).round().int().tolist()
+# Everything that chance decides
+CHANCE = dict(
+    random_crop=True, random_flip=True, class_cond=True, num_classes=11, label_dropout=0.4, seed=3
+)
 
 
 def be_rank(monkeypatch, rank, world_size):
@@ -65,56 +68,138 @@ def alone(monkeypatch):
     be_rank(monkeypatch, 0, 1)
 
 
-def one_line_error(call):
-    """Return the message of the ValueError that `call` raises, which must be one line."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+def taken_by_ranks(monkeypatch, data_dir, world_size, global_batch, num_steps, start=0, **kwargs):
+    """Return what the ranks see of some steps, put together in the order of the run."""
+    parts = []
+    for rank in range(world_size):
+        be_rank(monkeypatch, rank, world_size)
+        data = load(data_dir, batch_size=global_batch // world_size, **kwargs)
+        data.seek(start)
+        parts.append([take(data, 1) for _ in range(num_steps)])
+    whole = [part[step] for step in range(num_steps) for part in parts]
+    return torch.cat([images for images, _ in whole]), torch.cat([y for _, y in whole])
 
 
-# Crops
+# The order of a run
 
 
-@pytest.mark.parametrize("size", [64, 200])
-def test_center_crop_equals_the_published_one(size):
-    """Within 1 of 255, since Pillow's resampling may differ between releases."""
-    ref = np.load(REFERENCE)
-    found = center_crop_arr(Image.fromarray(ref["source"]), size)
-    np.testing.assert_allclose(found.astype(int), ref[f"center_crop_{size}"].astype(int), atol=1)
+def test_ranks_share_one_run(noisy, monkeypatch):
+    """Any number of ranks sees the same images, crops, flips and labels; others go on with it."""
+    wanted = taken_by_ranks(monkeypatch, noisy, 1, 12, 4, **CHANCE)
+    for world_size in (2, 3, 4):
+        found = taken_by_ranks(monkeypatch, noisy, world_size, 12, 4, **CHANCE)
+        assert_same(found, wanted)
+    rest = taken_by_ranks(monkeypatch, noisy, 3, 6, 6, start=12, **CHANCE)
+    assert_same(rest, (wanted[0][12:], wanted[1][12:]))
 
 
-def test_random_crop_draws_as_the_published_one():
-    """The same draws from Python's generator in the same order: 64, then 200, after seed 0."""
-    ref = np.load(REFERENCE)
-    random.seed(0)
-    for size in (64, 200):
-        found = random_crop_arr(Image.fromarray(ref["source"]), size)
-        wanted = ref[f"random_crop_{size}"]
-        np.testing.assert_allclose(found.astype(int), wanted.astype(int), atol=1)
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_seek_equals_having_come_there(noisy, num_workers):
+    """Forward, back, after or before the first batch: bit for bit the same, chance included."""
+    wanted = take(load(noisy, **CHANCE), 9)
+    data = load(noisy, num_workers=num_workers, **CHANCE)
+    data.seek(20)
+    assert_same(take(data, 2), (wanted[0][20:28], wanted[1][20:28]))
+    assert data.position == 28
+    data.seek(3)  # no multiple of a batch
+    assert_same(take(data, 3), (wanted[0][3:15], wanted[1][3:15]))
+    data.close()
+    assert_same(take(data, 1), (wanted[0][15:19], wanted[1][15:19]))
+    data.close()
 
 
-def test_halving_averages_two_by_two_pixels():
-    """An image of exactly twice the size, or four times, is reduced by averages alone."""
-    arr = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
-    for factor in (2, 4):
-        size = 32 // factor
-        wanted = arr.reshape(size, factor, size, factor).mean(axis=(1, 3))
-        found = center_crop_arr(Image.fromarray(arr), size)
-        np.testing.assert_allclose(found, wanted, atol=2)  # rounds up to four times
+def test_each_epoch_shows_each_image_once(folder):
+    """Batches are full and cross epochs; the orders of epochs differ."""
+    data = load(folder, seed=1)
+    shown = sum((ids(next(data)) for _ in range(11)), [])  # four epochs
+    epochs = [tuple(shown[k : k + 11]) for k in range(0, 44, 11)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs) and len(set(epochs)) == 4
 
 
-@pytest.mark.parametrize("crop", [center_crop_arr, random_crop_arr])
-@pytest.mark.parametrize("side", [(5, 9), (30, 7), (64, 64)])
-def test_crops_have_the_asked_size(crop, side):
-    """Small images are enlarged, in grey as in colour."""
-    for mode, shape in (("L", (16, 16)), ("RGB", (16, 16, 3))):
-        arr = crop(Image.new(mode, side), 16)
-        assert arr.shape == shape and arr.dtype == np.uint8
+def test_deterministic_repeats_the_file_order(folder):
+    """In file order, without leaving any image out at the end of an epoch."""
+    data = load(folder, deterministic=True)
+    assert sum((ids(next(data)) for _ in range(6)), []) == (list(range(11)) * 3)[:24]
 
 
-# Decoding
+def test_few_images_are_shown_more_than_once(folder):
+    """A batch larger than the folder is full all the same, and a line says so."""
+    lines = []
+    images = ids(next(load(folder, batch_size=25, seed=0, report=lines.append)))
+    assert sorted(images[:11]) == sorted(images[11:22]) == list(range(11)) and len(images) == 25
+    assert len(lines) == 2 and "11 images" in lines[1] and "25" in lines[1]
+
+
+def test_seeds_matter(noisy):
+    """Another seed gives other images; the same one gives the same."""
+    runs = [take(load(noisy, **{**CHANCE, "seed": seed}), 2)[0] for seed in (3, 4, 3)]
+    assert torch.equal(runs[0], runs[2]) and not torch.equal(runs[0], runs[1])
+
+
+def test_crops_flips_and_labels_have_streams_of_their_own(noisy):
+    """Turning one kind of chance on or off leaves the others as they were."""
+    wanted = take(load(noisy, **CHANCE), 6)
+    assert torch.equal(take(load(noisy, **{**CHANCE, "label_dropout": 0}), 6)[0], wanted[0])
+    centred = take(load(noisy, **{**CHANCE, "random_crop": False, "random_flip": False}), 6)
+    assert torch.equal(centred[1], wanted[1]) and not torch.equal(centred[0], wanted[0])
+
+
+def test_torch_seed_fixes_the_run_if_no_seed_is_given(noisy):
+    """As with the published loader, torch.manual_seed decides, for each call anew."""
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        runs += [take(load(noisy, **{**CHANCE, "seed": None}), 2)[0] for _ in range(2)]
+    assert torch.equal(runs[0], runs[2]) and torch.equal(runs[1], runs[3])
+    assert not torch.equal(runs[0], runs[1])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_iterating_leaves_global_generators_alone(noisy, num_workers):
+    """Neither Python's, numpy's nor torch's generator moves, so that what else draws is fixed."""
+    data = load(noisy, num_workers=num_workers, **CHANCE)
+
+    def states():
+        return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+
+    before = states()
+    take(data, 2)
+    data.seek(1)
+    take(data, 1)
+    assert states() == before
+    data.close()
+
+
+# A single pass
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 16])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_once_covers_every_image_over_all_ranks(folder, monkeypatch, world_size, num_workers):
+    """Each image is handed out once, to rank (position mod ranks), the last batch short."""
+    seen = []
+    for rank in range(world_size)[: 3 if num_workers else None]:
+        be_rank(monkeypatch, rank, world_size)
+        data = load(folder, once=True, num_workers=num_workers)
+        found = [image for batch in data for image in ids(batch)]
+        assert found == list(range(rank, 11, world_size))
+        assert list(data) == []
+        data.seek(0)
+        assert [image for batch in data for image in ids(batch)] == found
+        seen += found
+    assert num_workers or sorted(seen) == list(range(11))
+
+
+def test_once_neither_flips_nor_crops(noisy):
+    """Scores do not depend on chance: random_flip, random_crop and the seed have no say."""
+    state = torch.get_rng_state()
+    chance = load(noisy, batch_size=11, once=True, random_flip=True, random_crop=True)
+    assert torch.equal(state, torch.get_rng_state())
+    plain = load(noisy, batch_size=11, deterministic=True, seed=5)
+    assert torch.equal(next(chance)[0], next(plain)[0])
+
+
+# Images and labels
 
 
 def test_images_are_scaled_to_minus_one_and_one(tmp_path):
@@ -126,138 +211,92 @@ def test_images_are_scaled_to_minus_one_and_one(tmp_path):
     assert images[0].unique().tolist() == [-1] and images[1].unique().tolist() == [1]
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_every_source_gives_the_same_batches(tmp_path, kind, num_workers):
+    """Folder, zip, npz and LMDB: the same pixels, labels and classes, from a worker too."""
+    images = noise_images(4)
+    path = WRITERS[kind](tmp_path / "data", ["0_b.png", "1_a.png", "1_c.png", "2_d.png"], images)
+    data = load(path, class_cond=True, deterministic=True, in_channels=3, num_workers=num_workers)
+    for _ in range(2):
+        found, y = take(data, 1)
+        assert y.tolist() == [0, 1, 1, 2] and y.dtype == torch.int64
+        wanted = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert data.classes == ["0", "1", "2"] and data.class_counts == [1, 2, 1]
+    assert data.num_entries == 4
+    data.close()
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_labels_from_folders_and_files(tmp_path, kind):
+    """`labels` says where classes stand; a label follows its image through the shuffle."""
+    names = ["cat/1.png", "cat/2.png", "dog/1.png"]
+    images = np.stack([np.full((8, 8), 10 * k, np.uint8) for k in range(3)])
+    path = WRITERS[kind](tmp_path / "x", names, images)
+    table = write_csv(tmp_path / "labels.csv", zip(names, [2, 0, 1], strict=True))
+    for labels, wanted in (("folder", {0: 0, 1: 0, 2: 1}), (table, {0: 2, 1: 0, 2: 1})):
+        data = load(path, batch_size=3, class_cond=True, labels=labels, seed=1)
+        images, y = take(data, 2)
+        assert dict(zip(ids((images, None)), y.tolist(), strict=True)) == wanted
+        assert data.classes == (["cat", "dog"] if labels == "folder" else ["0", "1", "2"])
+    assert load(path, labels="folder").classes is None
+
+
+def test_other_data_is_numbered_by_the_classes_of_training(folder, tmp_path_factory):
+    """Validation images of some classes keep the numbers that these have in training."""
+    few = tmp_path_factory.mktemp("val")
+    grey_png(few / "2_x.png", 0)
+    train = load(folder, class_cond=True)
+    data = load(str(few), class_cond=True, classes=train.classes, flag="--val_data_dir")
+    assert next(data)[1]["y"].tolist() == [2] * 4 and data.classes == ["0", "1", "2"]
+    grey_png(few / "9_x.png", 0)
+    message = one_line_error(
+        lambda: load(str(few), class_cond=True, classes=train.classes, flag="--val_data_dir")
+    )
+    assert "--val_data_dir" in message and "'9'" in message
+
+
+def test_labels_are_dropped_by_image_number(noisy):
+    """Label k becomes num_classes if the stream of k says so: a share of the rate; 0 drops none."""
+    plain = take(load(noisy, **{**CHANCE, "label_dropout": 0}), 50)[1]
+    y = take(load(noisy, **CHANCE), 50)[1]
+    drawn = torch.tensor(
+        [streams.stream(3, k, streams.DROP_LABEL).random() < 0.4 for k in range(200)]
+    )
+    assert torch.equal(y, torch.where(drawn, 11, plain))
+    assert (plain < 11).all() and 50 < drawn.sum() < 110
+    for missing in ({"class_cond": False}, {"num_classes": None}):
+        message = one_line_error(lambda missing=missing: load(noisy, **{**CHANCE, **missing}))
+        assert "--label_dropout" in message
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_prepare_sees_each_batch(folder, num_workers):
+    """It runs where images are decoded; add_low_res gives means over areas."""
+    prepare = partial(add_low_res, small_size=2)
+    images, cond = next(load(folder, class_cond=True, prepare=prepare, num_workers=num_workers))
+    assert set(cond) == {"y", "low_res"} and cond["low_res"].shape == (4, 1, 2, 2)
+    means = images.reshape(4, 1, 2, 4, 2, 4).mean(dim=(3, 5))
+    torch.testing.assert_close(cond["low_res"], means)
+
+
+def test_report_gets_the_description(folder):
+    """load_data says once what it has found: number, source, classes."""
+    lines = []
+    load(folder, class_cond=True, report=lines.append)
+    assert lines == [f"11 images from folder {folder}, 3 classes: 0 (4), 1 (4), 2 (3)"]
+
+
 def test_grey_decoding_weighs_colours_like_pillow(tmp_path):
     """in_channels 1 is Pillow's "L" conversion, 3 its "RGB" conversion."""
-    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    image = Image.fromarray(colours)
-    image.save(tmp_path / "x.png")
-    for channels, wanted in (
-        (1, np.array(image.convert("L"))[None]),
-        (3, np.moveaxis(colours, 2, 0)),
-    ):
-        dataset = ImageDataset(
-            8, [str(tmp_path / "x.png")], random_flip=False, in_channels=channels
-        )
-        arr, _ = dataset[0]
+    (colours,) = noise_images(1)
+    Image.fromarray(colours).save(tmp_path / "x.png")
+    grey = np.array(Image.fromarray(colours).convert("L"))
+    for channels, wanted in ((1, grey[None]), (3, np.moveaxis(colours, 2, 0))):
+        options = dict(random_flip=False, in_channels=channels)
+        arr, _ = ImageDataset(8, [str(tmp_path / "x.png")], **options)[0]
         np.testing.assert_allclose((arr + 1) * 127.5, wanted, atol=1e-4)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_every_kind_of_image_is_converted(tmp_path, mode, channels):
-    """Bilevel, palette, alpha, CMYK and 16-bit files all become [C, 8, 8]."""
-    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    Image.new(mode, (8, 8)).save(path)
-    assert ImageDataset(8, [str(path)], in_channels=channels)[0][0].shape == (channels, 8, 8)
-
-
-def test_half_of_the_images_are_mirrored(tmp_path):
-    """Flipping mirrors left and right, never top and bottom, about every other time."""
-    arr = np.zeros((8, 8), np.uint8)
-    arr[0, 0] = 255
-    Image.fromarray(arr).save(tmp_path / "x.png")
-    dataset = ImageDataset(8, [str(tmp_path / "x.png")], in_channels=1)
-    random.seed(0)
-    bright = Counter(divmod(int(dataset[0][0].argmax()), 8) for _ in range(400))
-    assert set(bright) == {(0, 0), (0, 7)} and 150 < bright[0, 7] < 250
-
-
-# Order, shards and labels
-
-
-def test_files_are_found_in_order_in_subfolders(tmp_path):
-    """Four extensions in any case; the entries of each folder in sorted order; nothing else."""
-    for name in ["b.png", "a.JPG", "c.txt", "png", "sub/z.jpeg", "sub/deep.png/y.Gif"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = image_datasets._list_image_files_recursively(str(tmp_path))
-    names = [os.path.relpath(path, tmp_path) for path in found]
-    assert names == ["a.JPG", "b.png", "sub/deep.png/y.Gif", "sub/z.jpeg"]
-
-
-def test_addresses_are_read_through_blobfile(tmp_path, monkeypatch):
-    """A data_dir with "://" goes to blobfile: here a stand-in that maps mem:// to a folder."""
-    import blobfile as bf
-
-    (tmp_path / "x" / "sub").mkdir(parents=True)
-    grey_png(tmp_path / "x" / "sub" / "a_1.png", 10)
-    grey_png(tmp_path / "x" / "a_0.png", 0)
-
-    def local(url):
-        return url.replace("mem:/", str(tmp_path), 1)
-
-    def local_bytes(url):
-        return Path(local(url)).read_bytes()
-
-    monkeypatch.setattr(bf, "listdir", lambda url: sorted(os.listdir(local(url)), reverse=True))
-    monkeypatch.setattr(bf, "isdir", lambda url: os.path.isdir(local(url)))
-    monkeypatch.setattr(bf, "join", lambda *parts: "/".join(parts))
-    monkeypatch.setattr(bf, "BlobFile", lambda url, mode: io.BytesIO(local_bytes(url)))
-    assert ids(next(load("mem://x", batch_size=2, deterministic=True))) == [0, 1]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 16])
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_once_covers_every_image_over_all_ranks(folder, monkeypatch, world_size, num_workers):
-    """Each image is handed out once, to rank (position mod ranks), the last batch short."""
-    seen = []
-    for rank in range(world_size):
-        be_rank(monkeypatch, rank, world_size)
-        batches = list(load(folder, once=True, num_workers=num_workers))
-        found = [image for batch in batches for image in ids(batch)]
-        assert found == list(range(rank, 11, world_size))
-        assert all(len(batch[0]) == 4 for batch in batches[:-1])
-        seen += found
-    assert sorted(seen) == list(range(11))
-
-
-def test_once_neither_flips_nor_crops(tmp_path):
-    """Scores do not depend on chance: random_flip and random_crop have no say."""
-    arr = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
-    for k in range(8):
-        Image.fromarray(arr).save(tmp_path / f"{k}.png")
-    images, _ = next(
-        load(str(tmp_path), batch_size=8, once=True, random_flip=True, random_crop=True)
-    )
-    assert (images == images[:1]).all()
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_each_epoch_shows_no_image_twice(folder, monkeypatch, num_workers):
-    """Shuffled batches are full, belong to the rank's shard, and come anew for ever."""
-    be_rank(monkeypatch, 1, 2)  # images 1, 3, 5, 7, 9
-    data = load(folder, batch_size=2, num_workers=num_workers)
-    epochs = [sum((ids(next(data)) for _ in range(2)), []) for _ in range(10)]
-    assert all(len(set(epoch)) == 4 for epoch in epochs)
-    assert set(itertools.chain(*epochs)) == {1, 3, 5, 7, 9}
-    assert len({tuple(epoch) for epoch in epochs}) > 3
-
-
-def test_torch_seed_fixes_the_order(folder):
-    """The same torch seed gives the same batches, flips in the worker included."""
-    runs = []
-    for _ in range(2):
-        torch.manual_seed(7)
-        data = load(folder, random_flip=True, random_crop=True, num_workers=1)
-        runs.append(torch.stack([next(data)[0] for _ in range(6)]))
-    assert torch.equal(*runs)
-
-
-def test_deterministic_repeats_the_file_order(folder):
-    """Full batches in file order, the rest of each epoch left out, as published."""
-    data = load(folder, deterministic=True)
-    assert [ids(next(data)) for _ in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7]] * 2
-
-
-def test_labels_number_the_sorted_names(tmp_path):
-    """Names, not paths, are sorted as text; a label follows its image through the shuffle."""
-    (tmp_path / "0").mkdir()
-    for k, name in enumerate(["0/zebra_1", "ant_1", "10_x_y", "9_x", "ant_2"]):
-        grey_png(tmp_path / f"{name}.png", 10 * k)
-    images, cond = next(load(str(tmp_path), batch_size=5, class_cond=True, num_classes=4))
-    assert cond["y"].dtype == torch.int64
-    by_image = dict(zip(ids((images, cond)), cond["y"].tolist(), strict=True))
-    assert by_image == {0: 3, 1: 2, 2: 0, 3: 1, 4: 2}
 
 
 def test_dataset_shards_images_and_classes_alike():
@@ -267,66 +306,97 @@ def test_dataset_shards_images_and_classes_alike():
     assert dataset.local_images == ["b", "e"] and dataset.local_classes == [1, 4]
 
 
-def test_describe_counts_classes_in_one_line():
-    """The line shows number, name and count, and cuts a long list short."""
-    paths = ["x/cat_1.png", "x/cat_2.png", "x/ant_1.png"]
-    assert describe(paths) == "3 images"
-    assert describe(paths, class_cond=True) == "3 images, 2 classes: 0 = ant (1), 1 = cat (2)"
-    digits = [f"{k}_0.png" for k in range(3)]
-    assert describe(digits, True) == "3 images, 3 classes: 0 (1), 1 (1), 2 (1)"
-    assert describe([f"n{k:04d}_0.png" for k in range(1000)], True).endswith("11 = n0011 (1), ...")
+def test_dataset_draws_from_the_global_generator(noisy):
+    """As published, an ImageDataset of its own crops and flips by Python's `random`."""
+    dataset = ImageDataset(8, find_images(noisy)[:1], classes=[5], random_crop=True)
+    random.seed(1)
+    first, again = dataset[0], dataset[0]
+    random.seed(1)
+    assert np.array_equal(dataset[0][0], first[0]) and not np.array_equal(again[0], first[0])
+    assert first[1]["y"] == 5 and first[1]["y"].dtype == np.int64
 
 
-def test_report_gets_the_description(folder):
-    """load_data describes what it has found to its caller, once."""
-    lines = []
-    load(folder, class_cond=True, report=lines.append)
-    assert lines == ["11 images, 3 classes: 0 (4), 1 (4), 2 (3)"]
+# Workers
 
 
-# The null class
+@pytest.mark.parametrize(
+    "cores, environ, world_size, wanted",
+    [(4, {}, 1, 4), (64, {}, 1, 8), (64, {}, 16, 4), (2, {}, 4, 1),
+     (64, {"LOCAL_WORLD_SIZE": "16"}, 64, 4), (64, {"SLURM_NTASKS_PER_NODE": "32"}, 64, 2)],
+)  # fmt: skip
+def test_workers_follow_the_cores(monkeypatch, cores, environ, world_size, wanted):
+    """The cores of the host, shared among its ranks, from 1 to 8."""
+    for name in image_datasets.LOCAL_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert image_datasets.default_num_workers(world_size) == wanted
 
 
-def test_labels_are_dropped_at_the_rate():
-    """A share `rate` of the labels becomes the null class; the others stay as they are."""
-    y = torch.arange(10).repeat(1000)
-    torch.manual_seed(0)
-    ((images, cond),) = drop_labels([(torch.zeros(1), {"y": y})], 0.1, 10)
-    dropped = cond["y"] == 10
-    assert abs(dropped.float().mean().item() - 0.1) < 0.01
-    assert torch.equal(cond["y"][~dropped], y[~dropped])
-    assert cond["y"].dtype == torch.int64 and images.shape == (1,)
+def workers_of_this_process():
+    return {child.pid for child in multiprocessing.active_children()}
 
 
-def test_rate_0_changes_nothing():
-    """At rate 0 the data passes through untouched and no random number is drawn."""
-    data = [(torch.zeros(1), {"y": torch.zeros(4, dtype=torch.int64)})]
-    state = torch.get_rng_state()
-    assert drop_labels(data, 0.0, 10) is data
-    assert torch.equal(state, torch.get_rng_state())
+def test_workers_start_late_and_end(folder):
+    """None before the first batch, none after close, seek, an error or the end of the stream."""
+    before = workers_of_this_process()
+    data = load(folder, num_workers=2)
+    data.seek(5)
+    assert workers_of_this_process() == before
+    next(data)
+    started = workers_of_this_process() - before
+    assert len(started) == 2
+    data.seek(0)
+    assert workers_of_this_process() == before
+    next(data)
+    data.close()
+    assert workers_of_this_process() == before
 
 
-# Errors, each one line that names flag, value and remedy, before the first batch where possible
+def test_workers_ignore_signals(folder):
+    """A signal to all processes of a job leaves them at work: the main process decides."""
+    data = load(folder, num_workers=1)
+    wanted = [ids(next(data)) for _ in range(12)]
+    data.seek(0)
+    before = workers_of_this_process()
+    found = [ids(next(data))]
+    (pid,) = workers_of_this_process() - before
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(pid, number)
+    assert found + [ids(next(data)) for _ in range(11)] == wanted
+    data.close()
 
 
-def test_missing_folders_are_named(tmp_path):
-    """No folder, no such folder, a file, a folder without images."""
-    assert "--data_dir" in one_line_error(lambda: load(""))
-    message = one_line_error(lambda: load("/no/such/folder"))
-    assert "--data_dir '/no/such/folder' does not exist" in message
-    (tmp_path / "notes.txt").touch()
-    assert "is a file" in one_line_error(lambda: load(str(tmp_path / "notes.txt")))
-    message = one_line_error(lambda: load(str(tmp_path)))
-    assert str(tmp_path) in message and ".jpg, .jpeg, .png, .gif" in message
+def test_a_dead_worker_is_told_in_one_line(folder):
+    """If the system kills a worker, torch's error becomes one that says which flag to turn."""
+
+    def killed():
+        yield torch.zeros(1), {}, []
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nIt is ...")
+
+    data = load(folder, num_workers=1)
+    data._items = killed()
+    next(data)
+    message = one_line_error(lambda: next(data))
+    assert "--num_workers 1" in message and "Bus error" in message and "or 0" in message
 
 
-@pytest.mark.parametrize("world_size, batch_size", [(1, 12), (2, 6), (12, 1)])
-def test_too_few_images_are_told(folder, monkeypatch, world_size, batch_size):
-    """A rank that cannot fill a batch would wait for ever; the error says so at once."""
-    be_rank(monkeypatch, 0, world_size)
-    message = one_line_error(lambda: load(folder, batch_size=batch_size))
-    assert f"--batch_size {batch_size}" in message and "11 images" in message
-    assert (f"{world_size} ranks" in message) == (world_size > 1)
+def test_a_program_ends_while_workers_are_alive(folder):
+    """Python's end would wait for ever for workers that ignore SIGTERM."""
+    code = (
+        "from guided_diffusion.image_datasets import load_data\n"
+        f"data = load_data(data_dir={folder!r}, batch_size=2, image_size=8, num_workers=1)\n"
+        "print(next(data)[0].shape)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, timeout=60, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "[2, 3, 8, 8]" in done.stdout
+
+
+# Broken images
 
 
 def test_bad_numbers_are_told(folder):
@@ -335,32 +405,64 @@ def test_bad_numbers_are_told(folder):
     assert "--in_channels" in one_line_error(lambda: load(folder, in_channels=4))
 
 
-def test_file_names_must_give_classes(tmp_path):
-    """Under class_cond a name without "_" would make every file its own class."""
-    for k in range(4):
-        grey_png(tmp_path / f"{k}.png", k)
-    next(load(str(tmp_path)))
-    message = one_line_error(lambda: load(str(tmp_path), class_cond=True))
-    assert "--class_cond" in message and "4 of 4" in message and "0.png" in message
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_broken_images_are_named(folder, num_workers):
+    """One line with the path, from a worker process too, which torch would wrap in a traceback."""
+    path = find_images(folder)[2]
+    Path(path).write_bytes(b"no image")
+    data = load(folder, batch_size=2, deterministic=True, num_workers=num_workers)
+    before = workers_of_this_process()
+    assert ids(next(data)) == [0, 1]
+    for _ in range(2):
+        message = one_line_error(lambda: next(data))
+        assert repr(path) in message and "--skip_bad_images" in message
+        assert workers_of_this_process() == before
+    grey_png(path, 20)
+    assert ids(next(data)) == [2, 3]
+    data.close()
 
 
-def test_classes_must_not_outnumber_num_classes(folder):
-    """Otherwise a label would index beyond the embedding, deep inside the network."""
-    message = one_line_error(lambda: load(folder, class_cond=True, num_classes=2))
-    assert "--num_classes 2" in message and "--num_classes 3" in message
-    next(load(folder, class_cond=True, num_classes=3))
+@pytest.mark.parametrize("write", [write_folder, write_zip])
+def test_skipped_images_are_replaced_by_the_next_good_one(tmp_path, write):
+    """With its label, in the place of each broken image; also across the end of the data."""
+    names = [f"{k}_x.png" for k in range(6)]
+    images = np.stack([np.full((8, 8), 10 * k, np.uint8) for k in range(6)])
+    # Zip: entries with an even number lie unpacked in it, so that these can be spoilt.
+    bad = (2, 3, 5) if write is write_folder else (2, 4)
+    path, lines = write(tmp_path / "x", names, images), []
+    spoil(path, [names[k] for k in bad], images[list(bad)])
+    data = load(
+        path, batch_size=6, deterministic=True, class_cond=True,
+        skip_bad_images=True, report=lines.append,
+    )  # fmt: skip
+    wanted = [0, 1, 4, 4, 4, 0] if write is write_folder else [0, 1, 3, 3, 5, 5]
+    assert data.num_bad == 0
+    for _ in range(3):
+        batch = next(data)
+        assert ids(batch) == batch[1]["y"].tolist() == wanted
+    told = [line for line in lines if line.startswith("skipped: ")]
+    assert data.num_bad == len(bad) == len(told)
+    for k, line in zip(bad, told, strict=True):
+        assert line.startswith(f"skipped: {path}/{names[k]} (") and line.endswith(")")
+
+
+def test_skipping_is_the_same_for_any_ranks_and_workers(noisy, monkeypatch):
+    """What takes the place of a broken image depends on the data alone."""
+    for path in find_images(noisy)[3:5]:
+        Path(path).write_bytes(b"")
+    options = dict(**CHANCE, skip_bad_images=True)
+    wanted = taken_by_ranks(monkeypatch, noisy, 1, 12, 3, **options)
+    assert_same(taken_by_ranks(monkeypatch, noisy, 3, 12, 3, **options), wanted)
+    assert_same(taken_by_ranks(monkeypatch, noisy, 1, 12, 3, num_workers=1, **options), wanted)
+    rest = taken_by_ranks(monkeypatch, noisy, 2, 12, 2, start=12, **options)
+    assert_same(rest, (wanted[0][12:], wanted[1][12:]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("damage", ["empty", "text", "cut.png", "cut.jpg"])
-def test_broken_images_are_named(tmp_path, damage, num_workers):
-    """One line with the path, from a worker process too, which torch would wrap in a traceback."""
-    path = tmp_path / ("x_0.jpg" if damage == "cut.jpg" else "x_0.png")
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    whole = path.read_bytes()
-    contents = {"empty": b"", "text": b"not an image"}
-    path.write_bytes(contents.get(damage, whole[: len(whole) // 2]))
-    data = load(str(tmp_path), batch_size=1, num_workers=num_workers)
+def test_nothing_but_broken_images_is_an_error(folder, num_workers):
+    """Skipping ends when every image was tried."""
+    for path in find_images(folder):
+        Path(path).write_bytes(b"no image")
+    data = load(folder, skip_bad_images=True, num_workers=num_workers)
     message = one_line_error(lambda: next(data))
-    assert str(path) in message and "repair or remove" in message
+    assert f"--data_dir {folder!r}" in message and "none" in message and "11 images" in message

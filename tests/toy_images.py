@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from guided_diffusion.image_datasets import load_data
 
 SIDE = 8
 
@@ -82,3 +85,41 @@ def write_csv(path, rows):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(rows)
     return str(path)
+
+
+def spoil(path, names, images):
+    """Overwrite images of a folder, or of a zip in which they lie unpacked."""
+    path = Path(path)
+    for name, arr in zip(names, images, strict=True):
+        if path.is_dir():
+            (path / name).write_bytes(b"no image")
+        else:
+            whole = png_bytes(arr)
+            path.write_bytes(path.read_bytes().replace(whole, bytes(len(whole))))
+
+
+# Batches
+
+
+def load(data_dir, **kwargs):
+    """Call load_data with small defaults, in this process."""
+    options = dict(batch_size=4, image_size=8, in_channels=1, num_workers=0, random_flip=False)
+    return load_data(data_dir=data_dir, **{**options, **kwargs})
+
+
+def ids(batch):
+    """Return which of the images 0, 1, ... of `folder` a batch holds."""
+    return ((batch[0].mean(dim=(1, 2, 3)) + 1) * 127.5 / 10).round().int().tolist()
+
+
+def take(data, num):
+    """Return the next batches as one: images [N, C, H, W] and labels [N], or None."""
+    batches = [next(data) for _ in range(num)]
+    y = torch.cat([cond["y"] for _, cond in batches]) if "y" in batches[0][1] else None
+    return torch.cat([images for images, _ in batches]), y
+
+
+def assert_same(found, wanted):
+    """Compare two results of `take` bit for bit."""
+    assert torch.equal(found[0], wanted[0])
+    assert wanted[1] is None or torch.equal(found[1], wanted[1])
