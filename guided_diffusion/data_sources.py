@@ -308,8 +308,13 @@ def find_images(data_dir: str, flag: str = "--data_dir") -> list[str]:
     """Return the sorted paths of all images in a folder and its subfolders.
 
     Raises:
-        ValueError: The folder cannot be listed or holds no images.
+        ValueError: The folder is not given, not there, cannot be listed, or holds no images.
     """
+    if not data_dir:
+        raise ValueError(f"{flag} is missing: name the folder that holds the images")
+    if not is_url(data_dir) and not os.path.isdir(data_dir):
+        state = "is a file, not a folder" if os.path.exists(data_dir) else "does not exist"
+        raise ValueError(f"{flag} {data_dir!r} {state}: name the folder of the images")
     try:
         paths = _list_image_files_recursively(data_dir)
     except Exception as error:  # each storage service brings errors of its own

@@ -16,6 +16,7 @@ from PIL import Image
 from toy_images import (
     WRITERS,
     assert_same,
+    be_rank,
     grey_png,
     ids,
     load,
@@ -23,13 +24,14 @@ from toy_images import (
     one_line_error,
     spoil,
     take,
+    taken_by_ranks,
     write_csv,
     write_folder,
     write_zip,
 )
 
-from guided_diffusion import dist_util, image_datasets, streams
-from guided_diffusion.image_datasets import ImageDataset, add_low_res, find_images, load_data
+from guided_diffusion import image_datasets, streams
+from guided_diffusion.image_datasets import ImageDataset, add_low_res, find_images
 
 
 @pytest.fixture
@@ -57,27 +59,10 @@ CHANCE = dict(
 )
 
 
-def be_rank(monkeypatch, rank, world_size):
-    monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
-    monkeypatch.setattr(dist_util, "get_world_size", lambda: world_size)
-
-
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """Be rank 0 of 1, whatever launcher started the tests."""
     be_rank(monkeypatch, 0, 1)
-
-
-def taken_by_ranks(monkeypatch, data_dir, world_size, global_batch, num_steps, start=0, **kwargs):
-    """Return what the ranks see of some steps, put together in the order of the run."""
-    parts = []
-    for rank in range(world_size):
-        be_rank(monkeypatch, rank, world_size)
-        data = load(data_dir, batch_size=global_batch // world_size, **kwargs)
-        data.seek(start)
-        parts.append([take(data, 1) for _ in range(num_steps)])
-    whole = [part[step] for step in range(num_steps) for part in parts]
-    return torch.cat([images for images, _ in whole]), torch.cat([y for _, y in whole])
 
 
 # The order of a run

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from guided_diffusion import dist_util
 from guided_diffusion.image_datasets import load_data
 
 SIDE = 8
@@ -123,3 +124,21 @@ def assert_same(found, wanted):
     """Compare two results of `take` bit for bit."""
     assert torch.equal(found[0], wanted[0])
     assert wanted[1] is None or torch.equal(found[1], wanted[1])
+
+
+def be_rank(monkeypatch, rank, world_size):
+    """Let the loader believe it is one rank of several."""
+    monkeypatch.setattr(dist_util, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist_util, "get_world_size", lambda: world_size)
+
+
+def taken_by_ranks(monkeypatch, data_dir, world_size, global_batch, num_steps, start=0, **kwargs):
+    """Return what the ranks see of some steps, put together in the order of the run."""
+    parts = []
+    for rank in range(world_size):
+        be_rank(monkeypatch, rank, world_size)
+        data = load(data_dir, batch_size=global_batch // world_size, **kwargs)
+        data.seek(start)
+        parts.append([take(data, 1) for _ in range(num_steps)])
+    whole = [part[step] for step in range(num_steps) for part in parts]
+    return torch.cat([images for images, _ in whole]), torch.cat([y for _, y in whole])
