@@ -63,18 +63,19 @@ def resume(args: argparse.Namespace, kind: str = "diffusion model") -> argparse.
         ValueError: as `complete`, or if there is nothing to go on from.
     """
     args = argparse.Namespace(**vars(args), resume_asked=args.resume_checkpoint)
-    log_dir = args.log_dir or os.environ.get("OPENAI_LOGDIR", "")
+    log_dir = getattr(args, "log_dir", "") or os.environ.get("OPENAI_LOGDIR", "")
     args.resume_checkpoint = checkpoint_sets.resolve_resume(args.resume_asked, log_dir)
-    if args.resume_checkpoint and args.init_from and args.resume_asked != "auto":
+    init_from = getattr(args, "init_from", "")
+    if args.resume_checkpoint and init_from and args.resume_asked != "auto":
         raise ValueError(
-            f"--init_from {args.init_from} begins a new run and --resume_checkpoint "
+            f"--init_from {init_from} begins a new run and --resume_checkpoint "
             f"{args.resume_asked} goes on with an old one: give one of them"
         )
-    for flag, strict in [("resume_checkpoint", True), ("init_from", False)]:
-        path = getattr(args, flag)
+    found = {"resume_checkpoint": args.resume_checkpoint, "init_from": init_from}
+    for flag, path in found.items():
         if path:
             saved = _read(path, flag, kind)
-            args = adopt_flags(args, saved, path, *KINDS[kind], strict=strict)
+            args = adopt_flags(args, saved, path, *KINDS[kind], strict=flag != "init_from")
             break
     conflict = config.find_conflict(vars(args))
     if conflict:

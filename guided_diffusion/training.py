@@ -178,7 +178,7 @@ def make_preview(
     if data_options:
         first = training_data(
             args, image_size, batch_size=PREVIEW_IMAGES, once=True, class_cond=False,
-            num_workers=0, report=None, **data_options,
+            num_workers=0, report=None, label_dropout=0.0, **data_options,
         )  # fmt: skip
         cond = next(first)[1]
     count = len(next(iter(cond.values()))) if cond else PREVIEW_IMAGES

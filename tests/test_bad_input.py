@@ -124,7 +124,6 @@ CASES = [
     ("image_train", {"data_dir": "PLACE/broken"}, "--data_dir broken/ .png repair"),
     ("image_nll", {"data_dir": "PLACE/broken"}, "--data_dir broken/ .png repair"),
     ("image_nll", {"data_dir": "PLACE/nowhere"}, "--data_dir nowhere exist folder"),
-    ("image_train", {"batch_size": 25}, "--data_dir 24 --batch_size 25"),
     ("classifier_train", {"val_data_dir": "PLACE/none"}, "none images png"),
     ("classifier_train", {"num_classes": 2}, "--num_classes 2 3"),
     ("image_train", {"num_classes": 0}, "--num_classes 0 at least 1"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scripting import SCRIPTS, load_script
 
-from guided_diffusion import config, flag_checks, resample, schedules
+from guided_diffusion import config, flag_checks, flag_parsing, resample, schedules
 
 FLAGS = json.loads((Path(__file__).parent / "reference" / "flags.json").read_text())
 TYPES = {"str2bool": bool, "int": int, "float": float, "str": str}
@@ -173,7 +173,8 @@ def test_flags_are_never_abbreviated():
         (flag_checks.count_or_unset, [-1, 1], [0, -2]),
         (flag_checks.list_of(int, "1,2"), ["", "16,8", "16, 8"], ["16,", "0", "-1", "1.5", "a"]),
         (flag_checks.list_of(float, "1,2"), ["0.5,1"], ["nan", "inf", ",", "0.5;1"]),
-        (flag_checks.ema_rates, ["0.9", "0.9,0.99"], ["", "1.1", "-0.1", "nan", "a", "0.9,"]),
+        (flag_checks.ema_rates, ["", "0.9", "0.9,0.99"], ["1.1", "-0.1", "nan", "a", "0.9,"]),
+        (flag_checks.label_source, ["filename", "folder"], ["", "names", "x.txt", "missing.csv"]),
         (flag_checks.class_list, ["", "0", "207,360", "1, 2"], ["-1", "1.5", "a", "1,", "²"]),
         (flag_checks.respacing, ["", "250", "10,20", "ddim25"], ["ddim", "fast", "-5", "1.5"]),
         (flag_checks.device_name, ["", "cpu", "cuda", "cuda:3", "mps"], ["gpu", "cuda:", "cpu:0"]),
@@ -193,9 +194,12 @@ def test_paths_are_checked(tmp_path):
     for check in (flag_checks.checkpoint_file, flag_checks.npz_file):
         assert check("") is check(str(file)) is check("gs://bucket/file") is None
         assert "folder" in check(folder) and "exist" in check(missing)
-    assert flag_checks.image_folder(folder) is flag_checks.image_folder("gs://x/y") is None
-    assert "file" in flag_checks.image_folder(str(file))
-    assert "exist" in flag_checks.image_folder(missing)
+    assert flag_checks.image_source(folder) is flag_checks.image_source("gs://x/y") is None
+    assert "zip" in flag_checks.image_source(str(file))
+    assert "exist" in flag_checks.image_source(missing)
+    for given in ("", "auto", folder, str(file), "gs://bucket/run"):
+        assert flag_checks.checkpoint_source(given) is None
+    assert "exist" in flag_checks.checkpoint_source(missing)
     assert flag_checks.output_folder("") is flag_checks.output_folder(missing + "/a/b") is None
     assert "file" in flag_checks.output_folder(str(file))
     assert "file" in flag_checks.output_folder(f"{file}/below")
@@ -212,7 +216,7 @@ def test_the_error_of_another_rank_says_which(monkeypatch, capsys):
     }.items():
         monkeypatch.setenv(name, value)
     waited = []
-    monkeypatch.setattr(config.time, "sleep", waited.append)
+    monkeypatch.setattr(flag_parsing.time, "sleep", waited.append)
     with pytest.raises(SystemExit):
         config.parse_flags("", config.BatchConfig, argv=["--batch_size", "0"])
     assert waited and "rank 1: error: --batch_size 0" in capsys.readouterr().err
@@ -243,7 +247,7 @@ def test_run_says_what_to_do_without_memory(error, capsys):
         config.run(main)
     told = capsys.readouterr().err
     assert end.value.code == 1 and told.count("\n") == 1
-    assert all(word in told for word in ("out of memory", "--batch_size", "--microbatch"))
+    assert all(word in told for word in ("out of memory", "--microbatch", "--use_checkpoint", "--use_bf16"))
 
 
 def test_run_lets_other_errors_through():

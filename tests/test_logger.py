@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import dist_util, log_outputs, logger
 
 
 @pytest.fixture(autouse=True)

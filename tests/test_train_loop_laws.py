@@ -47,7 +47,7 @@ def test_bf16_is_autocast_around_the_objective(log_dir, diffusion, use_bf16):
     """In training and in validation, use_bf16 and nothing else makes matrix products bfloat16."""
     seen = []
 
-    def objective(model, x_start, t, cond):
+    def objective(model, x_start, t, cond, noise):
         enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         seen.append((enabled, dtype if enabled else None))
         return squares(model, x_start, t, cond)
@@ -66,7 +66,7 @@ def test_validation_is_in_eval_mode_and_training_is_not(log_dir, diffusion):
     """A validation batch sees neither dropout nor gradients, the step after it both again."""
     seen = []
 
-    def objective(model, x_start, t, cond):
+    def objective(model, x_start, t, cond, noise):
         seen.append((model.training, torch.is_grad_enabled()))
         return squares(model, x_start, t, cond)
 
@@ -99,18 +99,17 @@ class Pupil(LossAwareSampler):
         raise AssertionError("only update_with_local_losses may call this")
 
 
-def test_a_loss_aware_sampler_learns_from_every_micro_batch(log_dir, diffusion):
-    """It is taught the timesteps that it drew with their losses [N], before any weighting."""
+@pytest.mark.parametrize("microbatch", [-1, 3, 1])
+def test_a_loss_aware_sampler_learns_from_the_whole_batch(log_dir, diffusion, microbatch):
+    """It draws once a step, and is taught these timesteps with their losses [N], unweighted."""
     batch, cond = next(batches(1))
     sampler, model = Pupil(diffusion), Flat()
     loop = loop_of(
-        model, diffusion, [], loss_fn=squares, schedule_sampler=sampler, microbatch=3,
+        model, diffusion, [], loss_fn=squares, schedule_sampler=sampler, microbatch=microbatch,
     )  # fmt: skip
     loop.forward_backward(batch, cond)
-    assert [len(ts) for ts, _ in sampler.lessons] == [3, 1]
-    for (t, _), (ts, _) in zip(sampler.drawn, sampler.lessons, strict=True):
-        assert torch.equal(ts, t)
-    losses = torch.cat([losses for _, losses in sampler.lessons])
+    [(t, _)], [(ts, losses)] = sampler.drawn, sampler.lessons
+    assert torch.equal(ts, t)
     assert not losses.requires_grad
     torch.testing.assert_close(losses, squares(model, batch, None, cond)["loss"].detach())
 
