@@ -160,6 +160,8 @@ class Heartbeat:
         if self.store is not None:
             self._wake.set()
             self._told.wait(BEAT)
+        if self.launch.launcher == "slurm" and self.launch.rank == 0:
+            time.sleep(2 * BEAT)  # srun may let the others live, and the store ends with this rank
 
     # The thread that talks to the store
 
@@ -311,8 +313,9 @@ def name_silent(rank: int, sign: Sign) -> str | None:
     """Name a rank whose heart stopped, unless it said so."""
     if sign.silence() <= SILENCE - BEAT or sign.said["last_words"] is not None:
         return None
-    where = f"last seen in stage {sign.said['stage']!r}" if sign.said["stage"] else "in no stage"
-    return f"rank {rank} on {sign.said['host']} has been silent for {sign.silence():.0f} s, {where}"
+    where = f"in stage {sign.said['stage']!r}" if sign.said["stage"] else "outside any stage"
+    host, silence = sign.said["host"], sign.silence()
+    return f"rank {rank} on {host} has been silent for {silence:.0f} s, last seen {where}"
 
 
 def name_late(rank: int, sign: Sign, mine: Stage | None) -> str | None:

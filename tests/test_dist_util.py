@@ -2,33 +2,26 @@
 
 import json
 import os
-import shutil
-import signal
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from launching import WORKERS, clean_environment, is_launcher_variable, launch, launch_as_slurm
 
 from guided_diffusion import dist_util
-from guided_diffusion.launchers import MPI_VARIABLES, Launch, first_host, read_launch
-
-ROOT = Path(__file__).resolve().parent.parent
-WORKERS = ROOT / "tests" / "workers"
-LAUNCHER_PREFIXES = ("SLURM_", "OMPI_", "PMI", "MPI_", "MV2_", "TORCHELASTIC_", "MASTER_")
-LAUNCHER_NAMES = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"}
-
-
-def is_launcher_variable(name):
-    return name.startswith(LAUNCHER_PREFIXES) or name in LAUNCHER_NAMES
-
-
-def clean_environment(**extra):
-    """The environment of a process that no launcher started."""
-    kept = {name: value for name, value in os.environ.items() if not is_launcher_variable(name)}
-    return kept | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "5,7"} | extra
+from guided_diffusion.launchers import (
+    MPI_VARIABLES,
+    Launch,
+    first_host,
+    interface_towards,
+    read_launch,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -42,50 +35,6 @@ def no_launcher(monkeypatch):
         dist.destroy_process_group()
 
 
-def find_mpiexec():
-    """The mpiexec beside this Python, which belongs to its MPI library, else that of PATH."""
-    beside = Path(sys.executable).parent / "mpiexec"
-    path = str(beside) if beside.exists() else shutil.which("mpiexec")
-    assert path, "the tests need mpiexec: pip install mpich"
-    return path
-
-
-def launch(launcher, *command, cwd):
-    """Run a worker program as two ranks; return its exit status and what it printed as errors."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    starts = {
-        "mpiexec": [find_mpiexec(), "-n", "2", sys.executable],
-        "torchrun": [*torchrun, "--nproc_per_node", "2"],
-    }
-    command = [*starts[launcher], *map(str, command)]
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=clean_environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, stderr = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # the launcher ends its ranks
-        raise
-    return process.returncode, stderr
-
-
-def launch_as_slurm(*command, cwd):
-    """Start two processes with the variables that srun sets."""
-    processes = []
-    for rank in range(2):
-        slurm = {"PROCID": rank, "LOCALID": rank, "JOB_ID": os.getpid(), "STEP_ID": 0}
-        slurm |= {"STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1, "STEP_NODELIST": "no-such-host"}
-        env = clean_environment(**{f"SLURM_{name}": str(value) for name, value in slurm.items()})
-        processes.append(subprocess.Popen([sys.executable, *map(str, command)], cwd=cwd, env=env))
-    for process in processes:
-        assert process.wait(timeout=120) == 0
-
-
 @pytest.fixture(scope="module", params=["mpiexec", "torchrun", "slurm"])
 def ranks(request, tmp_path_factory):
     """What two ranks of tests/workers/ranks.py wrote down, under each launcher."""
@@ -93,7 +42,8 @@ def ranks(request, tmp_path_factory):
     torch.save({"a": torch.arange(3)}, folder / "weights.pt")
     command = (WORKERS / "ranks.py", folder)
     if request.param == "slurm":
-        launch_as_slurm(*command, cwd=folder)
+        for status, stderr in launch_as_slurm(*command, cwd=folder):
+            assert status == 0, stderr
     else:
         status, stderr = launch(request.param, *command, cwd=folder)
         assert status == 0, stderr
@@ -123,6 +73,25 @@ def test_collectives_of_values(ranks):
     for rank in ranks[0]:
         assert rank["broadcast"] == {"rank": 0} and rank["shared"] == ["00", "10"]
         assert rank["gathered"] == ([] if rank["rank"] else [{"rank": 0}, {"rank": 1}])
+
+
+def test_facts_and_values_of_all_ranks(ranks):
+    """Every rank learns what is true on some rank, and what each rank said."""
+    for rank in ranks[0]:
+        assert rank["any_rank"] == [True, True, False]
+        assert rank["all_gathered"] == [[0], [1]]
+
+
+def test_ranks_are_described_in_a_table(ranks):
+    """Rank 0 alone has the table: host, rank and device of each rank, below a line of titles."""
+    facts = ranks[0]
+    assert facts[1]["table"] == []
+    title, *rows = facts[0]["table"]
+    assert title.split() == ["host", "rank", "device"]
+    for rank, row in enumerate(rows):
+        assert re.fullmatch(rf"\S+ +{rank}  cpu, \d+ threads?", row)
+        assert row.index("cpu") == title.index("device")
+    assert len(rows) == 2
 
 
 def test_one_rank_may_load_alone(ranks):
@@ -214,6 +183,25 @@ def test_sync_params_in_one_process_keeps_the_values():
     with dist_util.process_group("cpu"):
         dist_util.sync_params(iter([param, torch.tensor(True)]))
     assert param.tolist() == [0, 1, 2]
+
+
+def test_one_process_has_only_its_own_facts():
+    """Alone, the collectives of facts and values return what they were given, group or not."""
+    for group in (nullcontext(), dist_util.process_group("cpu")):
+        with group, dist_util.stage("testing"):
+            assert (
+                dist_util.any_rank(1 == 1, 1 == 2) == (True, False) and dist_util.any_rank() == ()
+            )
+            assert dist_util.all_gather_objects("a") == ["a"]
+    assert len(dist_util.describe_ranks()) == 2
+
+
+def test_interfaces_are_found():
+    """Within a host gloo talks over the loopback; a loopback leads to no other host."""
+    away = SimpleNamespace(host="127.0.0.1", port=1)
+    assert interface_towards(None) in ("lo", "lo0")
+    assert interface_towards(away) is None
+    assert interface_towards(SimpleNamespace(host="no-such-host.invalid", port=1)) is None
 
 
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}
