@@ -104,6 +104,15 @@ def test_every_kind_of_image_is_converted(tmp_path, mode, wanted):
     assert (image.mode, image.size) == (wanted, (8, 8))
 
 
+def test_grey_weighs_colours_like_pillow(tmp_path):
+    """Decoding to grey is Pillow's "L" conversion."""
+    colours = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    path = saved(Image.fromarray(colours), tmp_path / "x.png")
+    np.testing.assert_array_equal(read_image(path), colours)
+    weighed = (colours @ [0.299, 0.587, 0.114]).round()
+    np.testing.assert_allclose(np.array(read_image(path, "L")), weighed, atol=1)
+
+
 def all_16_bit_values():
     """Return each number of 16 bits once, [256, 256], and the nearest 8-bit grey."""
     values = np.arange(65536).reshape(256, 256)
