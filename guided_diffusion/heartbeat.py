@@ -42,7 +42,7 @@ _pulse: list[Heartbeat] = []  # of this process, if it is in a job of several ra
 class Stage:
     """What the main thread does between entering and leaving this context."""
 
-    __slots__ = ("name", "since", "until", "waits")  # entered hundreds of times a second
+    __slots__ = ("name", "since", "until", "waits")
 
     def __init__(self, name: str, waits: bool = False):
         self.name = name
@@ -125,7 +125,7 @@ class Heartbeat:
         self.listening: float | None = None  # since when
         self.num_beats = 0
         self.last_words: str | None = None
-        self.failed = self.server_left = False
+        self.failed = self.server_left = self.asked = False
         self.job_over: float | None = None  # since when this rank knows
         self._stop, self._wake, self._told = (threading.Event() for _ in range(3))
         self._threads = [self._start(self._watch)]
@@ -175,7 +175,7 @@ class Heartbeat:
                 self._wake.wait(BEAT)
                 self._wake.clear()
             self._leave()
-        except Exception:  # of whatever kind: the server is gone, as answered will tell
+        except RuntimeError:  # the server is gone, as `answered` will tell
             return
 
     def _server_leaves(self) -> bool:
@@ -207,7 +207,7 @@ class Heartbeat:
     def _wants_to_know(self) -> bool:
         """Tell whether to hear the others: not before this rank has waited or failed."""
         now = _present()
-        if now is not None and now.is_vain() and (now.until or now.age() > BEAT):
+        if self.asked or (now and now.is_vain() and (now.until or now.age() > BEAT)):
             return True
         self.listening = None
         self.signs.clear()
@@ -224,13 +224,18 @@ class Heartbeat:
         self.answered = time.monotonic()
         self.listening = self.listening or self.answered
 
+    def _server(self) -> str:
+        """Say who serves the store: torchrun does, where it is the launcher."""
+        is_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return "torchrun" if is_agent and self.launch.launcher == "env" else "rank 0"
+
     def _leave(self) -> None:
         """Sign off; the rank that serves the store lets the others do so first."""
         if self.last_words is None:
             self.last_words = "its program was over"
         self._tell()
         gone = self.store.add("gone", 1)
-        if self.launch.rank > 0 or self.launch.launcher == "env" or self.failed:
+        if self.launch.rank > 0 or self._server() != "rank 0" or self.failed:
             return
         self.store.set("over", "end")
         deadline = time.monotonic() + 2 * BEAT
@@ -259,6 +264,7 @@ class Heartbeat:
 
     def name_cause(self, symptom: str) -> str:
         """Say in one line who let this rank wait, and in which stage it did."""
+        self.asked = True
         self._hear_out()
         now = _present()
         mine = f"in stage {now.name!r} for {now.age():.0f} s" if now else "outside any stage"
@@ -290,14 +296,16 @@ class Heartbeat:
             return ["rank 0 ended: its program was over"]
         if self._store_is_lost():
             silence = time.monotonic() - self.answered
-            served = "the launcher" if self.launch.launcher == "env" else "rank 0"
-            return [f"{served}, which serves the store, cannot be reached since {silence:.0f} s"]
-        absent = set(range(self.launch.world_size)) - {self.launch.rank, *self.signs}
+            return [
+                f"{self._server()}, which serves the store, cannot be reached for {silence:.0f} s"
+            ]
+        signs = sorted(dict(self.signs).items())
+        absent = set(range(self.launch.world_size)) - {self.launch.rank, *dict(signs)}
         found = [
-            [name_failed(rank, sign) for rank, sign in sorted(self.signs.items())],
+            [name_failed(*heard) for heard in signs],
             [f"rank {rank} has not come" for rank in sorted(absent)],
-            [name_silent(rank, sign) for rank, sign in sorted(self.signs.items())],
-            [name_late(rank, sign, _present()) for rank, sign in sorted(self.signs.items())],
+            [name_silent(*heard) for heard in signs],
+            [name_late(*heard, _present()) for heard in signs],
         ]
         named = (list(filter(None, causes)) for causes in found)
         return next(filter(None, named), ["every rank waits there, each for another"])

@@ -102,6 +102,30 @@ def test_errors_between_ranks_name_the_stage(error):
     assert explain(error) == "Connection closed by peer, in stage 'averaging gradients' for 0 s"
 
 
+@pytest.mark.parametrize(
+    "error, printed",
+    [
+        (KeyboardInterrupt(), ""),
+        (SystemExit(3), ""),
+        (SystemExit("no images"), "error: no images\n"),
+        (ValueError("--lr is\nwrong"), "error: --lr is wrong\n"),
+    ],
+)
+def test_what_a_failing_rank_prints(capsys, error, printed):
+    """One line for people's mistakes, nothing where someone wanted the end."""
+    heartbeat.report_error(error, rank=0)
+    assert capsys.readouterr().err == printed
+
+
+def test_the_traceback_is_shown_for_programmers(capsys, monkeypatch):
+    """A programmer's error is shown whole, and a mistake of people too where asked for."""
+    heartbeat.report_error(KeyError("a"), rank=0)
+    assert capsys.readouterr().err == "KeyError: 'a'\n"
+    monkeypatch.setenv("GUIDED_DIFFUSION_TRACEBACK", "1")
+    heartbeat.report_error(ValueError("--lr is wrong"), rank=0)
+    assert capsys.readouterr().err == "ValueError: --lr is wrong\nerror: --lr is wrong\n"
+
+
 def make_sign(**said):
     """What rank 1 told, just now unless said otherwise."""
     heard = time.monotonic() - said.pop("silence", 0)
@@ -175,6 +199,15 @@ def test_a_rank_that_never_came_is_named(beating):
     tell(1, make_sign(waits=False))
     with stage("a", waits=True):
         assert pulse.name_cause("x").startswith("rank 2 has not come; rank 0 waited in stage 'a'")
+
+
+def test_an_error_outside_any_stage_is_explained(beating):
+    """Programs that name no stage learn at least what the other ranks did."""
+    _, tell, _ = beating
+    tell(1, make_sign(stage="saving", waits=False, silence=0))
+    tell(2, make_sign(last_words="it is over"))
+    line = explain(RuntimeError("gloo: Connection closed by peer"))
+    assert line.startswith("rank 2 on node1 ended: it is over; rank 0 waited outside any stage")
 
 
 def test_a_rank_tells_its_stage_and_its_end(beating):
