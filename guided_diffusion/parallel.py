@@ -17,6 +17,8 @@ def shard_or_move(model: nn.Module) -> None:
 
     Optimizers and averages come later: the parameters are new ones.
     """
+    if dist_util.dev().type == "mps":
+        raise ValueError("--shard_params True does not work with --device mps: leave it out")
     if dist_util.get_world_size() > 1:
         sharding.shard(model)
     else:
@@ -43,9 +45,10 @@ class Parallel:
         self._is_settled = not self.use_ddp or dist_util.get_world_size() == 2
 
     def exchanging(self, is_last: bool) -> AbstractContextManager:
-        """Exchange gradients in a backward pass within the block only if it is a step's last."""
-        if self.is_sharded:
-            sharding.sync_gradients(self._module, is_last)
+        """Exchange gradients in a backward pass within the block only if it is a step's last.
+
+        Sharded gradients are exchanged each time: until then every rank holds all of them.
+        """
         return nullcontext() if is_last or not self.use_ddp else self.model.no_sync()
 
     def settle(self, backward: Callable[[], None]) -> None:

@@ -82,6 +82,30 @@ def mean_over_all(parts: Iterable[tuple[Tensor, dict[str, Tensor]]], T: int) -> 
     return {key: all_sums[key] / all_counts[key] for key in sorted(all_sums)}
 
 
+def _agree_on_filling(batch: Tensor | None, cond: Cond) -> tuple[tuple[Tensor, Cond], int]:
+    """Return an image with its conditions, to fill batches up, and how many the largest has."""
+    mine = None
+    if batch is not None:
+        mine = (batch[:1], {name: value[:1] for name, value in cond.items()}), len(batch)
+    found = [each for each in dist_util.all_gather_objects(mine) if each is not None]
+    return found[0][0], max(size for _, size in found)
+
+
+def _fill_up(
+    batch: Tensor | None, cond: Cond, filling: tuple[Tensor, Cond], size: int
+) -> tuple[Tensor, Cond]:
+    """Return a batch of `size` images, the missing ones all alike."""
+    image, its_cond = filling
+    batch = image[:0] if batch is None else batch
+    missing = size - len(batch)
+
+    def fill(values: Tensor | None, one: Tensor) -> Tensor:
+        more = one.expand(missing, *one.shape[1:])
+        return more if values is None else torch.cat([values, more])
+
+    return fill(batch, image), {name: fill(cond.get(name), one) for name, one in its_cond.items()}
+
+
 class Validator:
     """Evaluates a network as it trains.
 
@@ -128,11 +152,25 @@ class Validator:
         logger.logkvs({f"val_all_{name}": value for name, value in means.items()})
 
     def _parts(self, model: nn.Module, seed: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield timesteps and losses of each batch of this rank's share of the set.
+
+        The forward pass of a sharded network is a collective, so all ranks take as many of them
+        and of as many images: a batch that is short is filled up with what does not count.
+        """
         world, number = dist_util.get_world_size(), dist_util.get_rank()
-        for batch, cond in self.whole:
-            numbers = range(number, number + world * len(batch), world)
-            yield self._evaluate(model, batch, cond, numbers, seed)
-            number += world * len(batch)
+        filling, size = None, 0
+        while True:
+            batch, cond = next(self.whole, (None, {}))
+            if not dist_util.any_rank(batch is not None)[0]:
+                return
+            if filling is None:
+                filling, size = _agree_on_filling(batch, cond)
+            count = 0 if batch is None else len(batch)
+            numbers = range(number, number + world * size, world)
+            t, losses = self._evaluate(model, *_fill_up(batch, cond, filling, size), numbers, seed)
+            if count:
+                yield t[:count], {name: value[:count] for name, value in losses.items()}
+            number += world * count
 
     def _evaluate(
         self, model: nn.Module, batch: Tensor, cond: Cond, numbers: range, seed: int

@@ -3,6 +3,9 @@
 import contextlib
 import importlib.util
 import io
+import os
+import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,3 +97,31 @@ def make_images(folder, count=24, size=8, classes=3):
 def files_below(folder):
     """Return the paths of all files and folders below a folder, relative to it."""
     return {str(path.relative_to(folder)) for path in Path(folder).rglob("*")}
+
+
+def environment():
+    """Return an environment without a launcher's variables."""
+    marks = ("SLURM_", "OMPI_", "PMI", "MPI_", "MV2_", "TORCHELASTIC_", "MASTER_", "OPENAI_")
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(marks) and k not in names}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def launch_command(launcher, program, arguments, ranks=2):
+    """Return the command that runs a Python program as some ranks of this host."""
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    starts = {
+        "mpiexec": [str(mpiexec) if mpiexec.exists() else shutil.which("mpiexec"), "-n"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        + ["--nproc_per_node"],
+    }
+    python = [sys.executable] if launcher == "mpiexec" else []
+    return [*starts[launcher], str(ranks), *python, str(program), *map(str, arguments)]
+
+
+def launch(launcher, program, arguments, cwd, ranks=2):
+    """Run a Python program as some ranks, from a folder that is not the project's."""
+    return subprocess.run(
+        launch_command(launcher, program, arguments, ranks),
+        capture_output=True, text=True, cwd=cwd, env=environment(), timeout=120,
+    )  # fmt: skip

@@ -247,7 +247,9 @@ def test_run_says_what_to_do_without_memory(error, capsys):
         config.run(main)
     told = capsys.readouterr().err
     assert end.value.code == 1 and told.count("\n") == 1
-    assert all(word in told for word in ("out of memory", "--microbatch", "--use_checkpoint", "--use_bf16"))
+    assert all(
+        word in told for word in ("out of memory", "--microbatch", "--use_checkpoint", "--use_bf16")
+    )
 
 
 def test_run_lets_other_errors_through():

@@ -56,7 +56,9 @@ def test_a_run_leaves_its_files_and_says_where(tmp_path, capsys):
 
 def test_the_table_is_aligned():
     """Every line of a table is equally long, keys are sorted, long texts are cut."""
-    table = log_outputs.format_table({"step": 12, "b": 1 / 3, "A": float("nan"), "k" * 99: "v" * 99})
+    table = log_outputs.format_table(
+        {"step": 12, "b": 1 / 3, "A": float("nan"), "k" * 99: "v" * 99}
+    )
     lines = table.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert [line.split()[1][:4] for line in lines[1:-1]] == ["A", "b", "kkkk", "step"]

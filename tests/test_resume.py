@@ -184,7 +184,7 @@ def test_the_saved_learning_rate_wins(tmp_path, data_dir, capsys):
 
 
 def test_a_run_keeps_its_seed(tmp_path, data_dir):
-    """Without a seed a resumed run has that of its state, a new one draws from torch's generator."""
+    """Without a seed a resumed run has that of its state, a new one draws it from torch."""
     run(tmp_path / "a", data_dir, 1, seed=77)
     assert begin(tmp_path / "b", resume_checkpoint=str(tmp_path / "a")).state.seed == 77
     torch.manual_seed(1)

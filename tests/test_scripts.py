@@ -4,15 +4,22 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripting import CLASSIFIER, ROOT, SCRIPTS, SMALL, SUPER_RES, flags_of, make_images, succeed
+from scripting import (
+    CLASSIFIER,
+    ROOT,
+    SCRIPTS,
+    SMALL,
+    SUPER_RES,
+    flags_of,
+    launch,
+    make_images,
+    succeed,
+)
 
 from guided_diffusion import config
 
@@ -268,35 +275,12 @@ def test_image_nll_scores_each_image_once(place, tmp_path):
 # Several ranks, another folder
 
 
-def environment():
-    """Return an environment without a launcher's variables."""
-    marks = ("SLURM_", "OMPI_", "PMI", "MPI_", "MV2_", "TORCHELASTIC_", "MASTER_", "OPENAI_")
-    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"}
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(marks) and k not in names}
-    return kept | {"OMP_NUM_THREADS": "1"}
-
-
-def launch(launcher, program, flags, cwd):
-    """Run a program as two ranks, from a folder that is not the project's."""
-    mpiexec = Path(sys.executable).parent / "mpiexec"
-    starts = {
-        "mpiexec": [str(mpiexec) if mpiexec.exists() else shutil.which("mpiexec"), "-n", "2"],
-        "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    }
-    start = starts[launcher] + [sys.executable] * (launcher == "mpiexec")
-    start = [sys.executable] * (launcher == "torchrun") + start
-    command = [*start, str(program), *flags_of(flags)]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment(), timeout=120
-    )
-
-
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_two_ranks_train_one_model(launcher, place, tmp_path):
     """Both ranks end with the weights that rank 0 wrote, having seen batch_size images each."""
     flags = SMALL | {"data_dir": place / "data", "batch_size": 4, "max_steps": 2, "seed": 1}
     flags |= {"log_dir": "run", "log_interval": 1, "device": "cpu"}
-    done = launch(launcher, ROOT / "tests" / "workers" / "training.py", flags, tmp_path)
+    done = launch(launcher, ROOT / "tests" / "workers" / "training.py", flags_of(flags), tmp_path)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "run" / "progress.csv")
     assert [float(row["samples"]) for row in rows] == [8, 16]
@@ -313,7 +297,7 @@ def test_two_ranks_draw_what_one_draws(launcher, place, tmp_path):
     flags = FEW | FAST | {"model_path": model(place, "d"), "batch_size": 2}  # ranks 0, 1 and 0
     alone, _ = sample(place, "image_sample", "out", **flags)
     flags |= {"log_dir": "two", "device": "cpu"}
-    done = launch(launcher, SCRIPTS["image_sample"], flags, tmp_path)
+    done = launch(launcher, SCRIPTS["image_sample"], flags_of(flags), tmp_path)
     assert done.returncode == 0, done.stderr
     together = read_npz(tmp_path / "two" / "samples_6x8x8x1.npz")
     np.testing.assert_array_equal(together["arr_1"], alone["arr_1"])

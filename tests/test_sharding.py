@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_scripts import launch
+from scripting import flags_of, launch
 from workers import sharded
 
 from guided_diffusion import dist_util, sharding
@@ -14,7 +14,7 @@ WORKER = Path(sharded.__file__)
 
 
 def run_worker(launcher, case, folder):
-    done = launch(launcher, WORKER, {"case": case, "out": folder / f"{case}.pt"}, folder)
+    done = launch(launcher, WORKER, flags_of({"case": case, "out": folder / f"{case}.pt"}), folder)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / f"{case}.pt")
 

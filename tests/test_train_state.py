@@ -65,7 +65,9 @@ def test_counters_survive_the_file(log_dir):
     assert rank["log"] == {"values": {"loss": 0.1 + 0.2, "name": "x"}, "counts": {"loss": 2}}
 
 
-@pytest.mark.parametrize("change", [{"step": "many"}, {"images": None}, {"ranks": 3}, {"seed": 0.5}])
+@pytest.mark.parametrize(
+    "change", [{"step": "many"}, {"images": None}, {"ranks": 3}, {"seed": 0.5}]
+)
 def test_a_damaged_state_is_told(log_dir, change):
     """One line, with the path and the remedy."""
     saved = TrainState().to_dict() | change

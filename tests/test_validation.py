@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from guided_diffusion import dist_util, logger, validation
+from guided_diffusion import logger, streams, validation
 from guided_diffusion.train_state import TrainState
 
 
@@ -34,7 +34,7 @@ class Images:
         return batch, {}
 
 
-def whole(batch_size, microbatch=100, rank=0, world=1, monkeypatch=None):
+def whole(batch_size, microbatch=100):
     """Return what log_whole_set logs about 10 images."""
     validator = validation.Validator(echo, 20, None, Images(10, batch_size), microbatch, False)
     validator.log_whole_set(torch.nn.Linear(1, 1), TrainState(seed=3))
@@ -58,25 +58,7 @@ def test_the_whole_set_counts_once_each_time(log_dir):
 
 
 def streams_of(numbers):
-    from guided_diffusion import streams
-
     return streams.uniform(3, numbers, streams.VAL_TIMESTEP)
-
-
-def test_ranks_share_the_set(log_dir, monkeypatch):
-    """Two ranks with every second image each log what one rank logs, also with 5 images and 4."""
-    expected = whole(4)
-    sent = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist_util, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(dist_util, "get_world_size", lambda: 2)
-        monkeypatch.setattr(dist_util, "all_gather_objects", lambda mine: sent.append(mine) or sent)
-        data = Images(10, 3)
-        data.images = data.images[rank::2]
-        validator = validation.Validator(echo, 20, None, data, 2, False)
-        validator.log_whole_set(torch.nn.Linear(1, 1), TrainState(seed=3))
-    kvs = logger.getkvs()
-    np.testing.assert_allclose([kvs[k] for k in expected], [*expected.values()], rtol=1e-6)
 
 
 def test_batches_have_numbers_of_their_own(log_dir):
