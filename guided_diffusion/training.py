@@ -18,7 +18,7 @@ from .resample import create_named_schedule_sampler
 from .script_util import choose_seed, create_gaussian_diffusion
 from .train_util import TrainLoop, get_blob_logdir
 
-PREVIEW_IMAGES, PREVIEW_STEPS = 16, 25
+PREVIEW_IMAGES, PREVIEW_STEPS = 20, 25
 
 
 @contextmanager
