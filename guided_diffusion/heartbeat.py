@@ -364,7 +364,7 @@ def explain(error: BaseException) -> str | None:
     seconds.
     """
     if is_between_ranks(error):
-        symptom = re.sub(r"^\[[^\]]*\]\s*", "", first_line(error))
+        symptom = re.sub(r"^\[[^\]]*\]\s*", "", first_line(error)).split(". ")[0]
         return _pulse[0].name_cause(symptom) if _pulse else _place(symptom)
     if isinstance(error, ValueError | OSError):
         return " ".join(str(error).split()) or type(error).__name__

@@ -16,15 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from . import (
-    checkpoint_sets,
-    checkpoints,
-    dist_util,
-    logger,
-    streams,
-    train_files,
-    train_state,
-)
+from . import checkpoint_sets, checkpoints, dist_util, logger, streams, train_files, train_state
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
@@ -152,6 +144,7 @@ class TrainLoop:
 
         self.step = 0  # updates taken by this process
         self.resume_step = 0  # updates taken before
+        self._is_finite, self._loss = True, "no loss yet"  # of the last batch, over all ranks
         self._load_weights(init_from, shard_params)
         self.mp_trainer = MixedPrecisionTrainer(
             model=model,
@@ -248,11 +241,20 @@ class TrainLoop:
                 self._report(pace, len(batch))
                 bar.update(self.global_batch)
                 if self._updates() % self.save_interval == 0:
-                    saved = self._save_all(whole=True)
+                    self.validator.log_whole_set(self.model, self.state)
+                    self.save()
+                    saved = self._updates()
                 asked = self._asked_to_stop(signals)
             if self.step and saved != self._updates():
-                self._save_all(whole=not asked)
-        self._say_goodbye(asked)
+                self.save()
+                if not asked:  # after the save: a run that goes on from here has not seen it
+                    self.validator.log_whole_set(self.model, self.state)
+        logger.dumpkvs()  # the open row
+        if asked:
+            logger.log(
+                f"stopped by {asked} after step {self._updates()}; go on with "
+                f"--log_dir {logger.get_dir()} --resume_checkpoint auto"
+            )
 
     def run_step(self, batch: Tensor, cond: Cond) -> None:
         """Take one optimizer step on a batch [N, C, H, W], unless a loss or gradient overflowed."""
@@ -388,6 +390,7 @@ class TrainLoop:
         """Write weights, EMAs, optimizer and state; all ranks call this, rank 0 writes."""
         folder = get_blob_logdir()
         self.state.step = self._updates()
+        self.state.sampler = getattr(self.schedule_sampler, "state_dict", dict)()
         averages = dict(zip(self.ema_rate, self.ema_params, strict=True))
         logger.log(f"saving step {self._updates()} to {folder}")
         with dist_util.stage("saving a checkpoint"):
@@ -396,22 +399,6 @@ class TrainLoop:
                 classes=self.classes, keep=self.keep_checkpoints,
             )  # fmt: skip
         logger.log(train_files.advise(folder, self.state, self.ema_rate))
-
-    def _save_all(self, whole: bool) -> int:
-        """Save, after a look at the whole validation set; return the updates that were saved."""
-        if whole:
-            self.validator.log_whole_set(self.model, self.state)
-        self.save()
-        return self._updates()
-
-    def _say_goodbye(self, asked: str | None) -> None:
-        """Write the open row of the log, and say how to go on."""
-        logger.dumpkvs()
-        if asked:
-            logger.log(
-                f"stopped by {asked} after step {self._updates()}; go on with "
-                f"--log_dir {logger.get_dir()} --resume_checkpoint auto"
-            )
 
 
 def _diffusion_losses(

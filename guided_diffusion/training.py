@@ -61,7 +61,7 @@ def _agree_on_resume(args: argparse.Namespace) -> None:
 def _choose_seed(args: argparse.Namespace) -> int:
     """Return --seed, else the seed of the resumed run, else one drawn now; log it."""
     state = checkpoint_sets.read_state(args.resume_checkpoint) if args.resume_checkpoint else None
-    saved = dist_util.broadcast_object(state["seed"] if state else None)
+    saved = dist_util.broadcast_object((state or {}).get("seed"))
     if saved is not None and args.seed not in (-1, saved):
         logger.warn(f"--seed {args.seed} replaces the run's {saved}: other images, other noise")
     return choose_seed(saved if args.seed == -1 and saved is not None else args.seed)

@@ -90,7 +90,7 @@ def test_lack_of_memory_has_remedies(error):
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[/a/gloo/transport/tcp/pair.cc:5] Connection closed by peer"),
+        RuntimeError("[/a/gloo/pair.cc:5] Connection closed by peer. Check the logs of the other"),
         dist.DistBackendError("Connection closed by peer"),
         dist.DistStoreError("Connection closed by peer"),
     ],
@@ -199,6 +199,23 @@ def test_a_rank_that_never_came_is_named(beating):
     tell(1, make_sign(waits=False))
     with stage("a", waits=True):
         assert pulse.name_cause("x").startswith("rank 2 has not come; rank 0 waited in stage 'a'")
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (ValueError("--lr is wrong"), "--lr is wrong"),
+        (KeyError("a"), "KeyError 'a'"),
+        (dist.DistStoreError("wait timeout"), ""),
+    ],
+)
+def test_last_words(beating, error, words):
+    """A failing rank tells why and that the job is over; one that waited in vain blames no one."""
+    _, tell, signs = beating
+    tell(1, make_sign(last_words="disk full"))
+    heartbeat.report_error(error, rank=0)
+    assert json.loads(signs.get("0"))["last_words"] == words
+    assert signs.get("over") == b"error"
 
 
 def test_an_error_outside_any_stage_is_explained(beating):

@@ -4,7 +4,8 @@ import re
 import time
 
 import pytest
-from launching import WORKERS, launch, launch_as_slurm
+from launching import WORKERS, finish, launch, launch_as_slurm
+from test_hosts import hosts, start_host  # noqa: F401 - a fixture
 
 TIMEOUT = 5  # seconds that a rank of these jobs waits for the others
 LATE = r"rank 1 on \S+ is still in stage 'reading a batch', for \d+ s; rank 0 waited in stage "
@@ -46,3 +47,14 @@ def test_a_slurm_job_ends_without_srun(tmp_path):
     assert [status for status, _ in ranks] == [1, 1]
     assert re.search(f"error: {LATE}", ranks[0][1])
     assert "rank 1: error: another rank ended the job" in ranks[1][1]
+
+
+def test_two_hosts_end_together(hosts, tmp_path):  # noqa: F811
+    """What goes wrong on one host ends the ranks of the other, each with its launcher."""
+    command = (WORKERS / "hanging.py", TIMEOUT, "looping")
+    started = [start_host(i, name, command, tmp_path) for i, name in enumerate(hosts)]
+    (first, told), (second, told_there) = [finish(process, timeout=90) for process in started]
+    assert first != 0 and second != 0
+    assert re.search(f"error: {LATE}'averaging gradients'", told), told
+    assert "on host1 is still" in told
+    assert "rank 1: error: another rank ended the job" in told_there, told_there
