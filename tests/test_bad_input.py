@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -38,6 +40,8 @@ def place(tmp_path_factory):
     ]:
         succeed(script, common | flags, log_dir=place / folder)
     make_broken_files(place)
+    make_broken_sets(place)
+    make_broken_data(place)
     return place
 
 
@@ -75,6 +79,32 @@ def make_broken_files(place):
     np.savez(place / "base_named.npz", images=images)
     np.savez(place / "base_object.npz", np.array([{}, []], dtype=object))
     (place / "base_text.npz").write_text("hello")
+
+
+def make_broken_sets(place):
+    """Copy the set in d, and damage one file of each copy."""
+    for name in ("nan", "cut", "later", "opt", "ema"):
+        shutil.copytree(place / "d", place / name)
+    state = torch.load(place / "d" / "state000001.pt", weights_only=True)
+    torch.save(state | {"images": "many"}, place / "nan" / "state000001.pt")
+    whole = (place / "d" / "state000001.pt").read_bytes()
+    (place / "cut" / "state000001.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save(state | {"format": 99}, place / "later" / "state000001.pt")
+    shutil.copy(place / "c" / "opt000001.pt", place / "opt" / "opt000001.pt")
+    shutil.copy(place / "c" / "model000001.pt", place / "ema" / "ema_0.9999_000001.pt")
+    torch.save({"something": torch.zeros(2)}, place / "other.pt")
+
+
+def make_broken_data(place):
+    """Write label files and archives that do not fit."""
+    names = sorted(path.name for path in (place / "data").iterdir())
+    (place / "broken.json").write_text("{")
+    (place / "few.csv").write_text(f"{names[0]},0\n")
+    (place / "high.csv").write_text("".join(f"{name},{i}\n" for i, name in enumerate(names)))
+    (place / "text.zip").write_text("hello")
+    make_images(place / "other_classes", count=4)
+    for path in list((place / "other_classes").iterdir()):
+        path.rename(path.with_name("cat_" + path.name))
 
 
 class Harmful:
@@ -193,6 +223,45 @@ CASES = [
         {"resume_checkpoint": "PLACE/d/model000001.pt", "noise_schedule": "linear"},
         "--noise_schedule linear cosine model000001.pt",
     ),
+    ("image_train", {"resume_checkpoint": "PLACE/none"}, "--resume_checkpoint none complete set"),
+    ("image_train", {"resume_checkpoint": "PLACE/d/opt000001.pt"}, "opt000001.pt model000001.pt"),
+    ("image_train", {"resume_checkpoint": "PLACE/nan/model000001.pt"}, "state000001.pt damaged"),
+    ("image_train", {"resume_checkpoint": "PLACE/cut/model000001.pt"}, "state000001.pt cut short"),
+    ("image_train", {"resume_checkpoint": "PLACE/later/model000001.pt"}, "state000001.pt format"),
+    ("image_train", {"resume_checkpoint": "PLACE/opt/model000001.pt"}, "opt000001.pt optimizer"),
+    ("image_train", {"resume_checkpoint": "PLACE/ema/model000001.pt"}, "ema_0.9999_ not fit"),
+    ("image_train", {"init_from": "PLACE/model9.pt"}, "--init_from model9.pt exist"),
+    ("image_train", {"init_from": "PLACE/empty.pt"}, "empty.pt torch.save"),
+    ("image_train", {"init_from": "PLACE/other.pt"}, "--init_from other.pt no tensor fits"),
+    ("image_train", {"init_from": "PLACE/c/model000001.pt"}, "--init_from classifier"),
+    (
+        "image_train",
+        {"init_from": "PLACE/bare.pt", "resume_checkpoint": "PLACE/d"},
+        "--init_from --resume_checkpoint one of them",
+    ),
+    ("image_train", {"labels": "names"}, "--labels names filename folder .json .csv"),
+    ("image_train", {"labels": "PLACE/x.csv"}, "--labels x.csv exist"),
+    ("image_train", {"labels": "PLACE/broken.json"}, "--labels broken.json"),
+    ("image_train", {"labels": "PLACE/few.csv"}, "--labels few.csv"),
+    ("image_train", {"labels": "PLACE/high.csv"}, "--labels high.csv --num_classes 3"),
+    ("image_train", {"labels": "folder"}, "--labels folder"),
+    ("image_train", {"data_dir": "PLACE/text.zip"}, "--data_dir text.zip"),
+    ("image_train", {"data_dir": "PLACE/base_named.npz"}, "--data_dir base_named.npz arr_0"),
+    ("image_train", {"data_dir": "PLACE/base_float.npz"}, "--data_dir base_float.npz uint8"),
+    ("image_train", {"num_workers": -2}, "--num_workers -2 at least -1"),
+    ("image_train", {"grad_clip": -1}, "--grad_clip -1 at least 0"),
+    ("image_train", {"grad_clip": "nan"}, "--grad_clip nan finite"),
+    ("image_train", {"max_bad_steps": 0}, "--max_bad_steps 0 at least 1"),
+    ("image_train", {"keep_checkpoints": -1}, "--keep_checkpoints -1 at least 0"),
+    ("image_train", {"sample_interval": -1}, "--sample_interval -1 at least 0"),
+    ("image_train", {"dist_timeout": 0}, "--dist_timeout 0 greater than 0"),
+    ("image_train", {"shard_params": True, "use_fp16": True}, "--shard_params --use_fp16 bf16"),
+    (
+        "classifier_train",
+        {"shard_params": True, "classifier_use_fp16": True},
+        "--shard_params --classifier_use_fp16 bf16",
+    ),
+    ("classifier_train", {"val_data_dir": "PLACE/other_classes"}, "--val_data_dir 'cat'"),
     ("image_sample", {"num_samples": 0}, "--num_samples 0 at least 1"),
     ("image_sample", {"model_path": "PLACE/model9.pt"}, "--model_path model9.pt exist"),
     ("image_sample", {"model_path": "PLACE/data"}, "--model_path data folder"),
@@ -326,6 +395,34 @@ def test_a_dated_folder_goes_too(script, place, tmp_path, monkeypatch):
     assert run_script(script, wrong).code == 1
     assert files_below(tmp_path) == {"old", "old/log.txt"}
     assert (tmp_path / "old" / "log.txt").read_text().startswith("of before\n")
+
+
+def test_auto_needs_a_folder(place, tmp_path, monkeypatch):
+    """Without --log_dir or $OPENAI_LOGDIR there is no folder to look into."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("OPENAI_LOGDIR", "DIFFUSION_BLOB_LOGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    flags = command("image_train", place) | {"resume_checkpoint": "auto"}
+    check_refusal(run_script("image_train", flags), "--resume_checkpoint auto", "--log_dir")
+    assert not files_below(tmp_path)
+
+
+def test_a_full_disk_is_one_line(place, tmp_path):
+    """Where no more than a few kilobytes can be written, the error names the file; no set is left.
+
+    A limit on the size of files stands for the disk; its signal is ignored, so writes fail.
+    """
+    flags = command("image_train", place) | {"log_dir": tmp_path / "run", "num_workers": 0}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        done = run_script("image_train", flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    check_refusal(done, "model000001.pt cannot be written", "too large", "--log_dir")
+    assert not [path for path in files_below(tmp_path / "run") if ".pt" in path]
 
 
 def test_a_mistake_that_shows_late_keeps_the_log(place, tmp_path):
