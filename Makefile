@@ -1,6 +1,7 @@
 # make test   install into .venv with the test extras, run the whole suite
 # make demo   install into .venv, draw and upsample images with the bundled models
 # make lint   what the tests do not look at
+# make soak   what takes too long for make test: kills, launchers and seeds by the dozen
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -q -c constr
 # from more.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: test demo lint clean
+.PHONY: test demo lint soak clean
 
 test: .venv/test
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto
@@ -21,6 +22,9 @@ demo: .venv/demo
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+soak: .venv/test
+	$(TEST_ENV) $(BIN)/python -m pytest -o addopts="-q --strict-markers" -s tests/soak
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from . import checkpoints, dist_util
 
 STATE_FORMAT = 1  # of the state file; a newer one is refused
+PATIENCE = 15.0  # seconds to wait for a folder that another run, perhaps a dying one, has locked
 TEMPORARY = re.compile(r"(model|ema_.+_|opt|state)\d+\.(pt|json)\.tmp\d+")
 
 
@@ -163,6 +166,53 @@ class SetWriter:
         whole = state | {"format": STATE_FORMAT, "files": self.sizes}
         if dist_util.is_main():
             checkpoints.save(self.path(checkpoints.state_name(self.step)), whole)
+
+
+@contextmanager
+def reserved(folder: str) -> Iterator[None]:
+    """Keep other training runs out of a folder within the block; they would mix their sets.
+
+    Rank 0 locks the folder itself, as far as its disk knows locks; the lock ends with the process
+    and, up to seconds later, with the processes that read images for it.
+
+    Raises:
+        ValueError: if another run has it.
+    """
+    handle = None
+    if dist_util.is_main() and not checkpoints.is_remote(folder):
+        os.makedirs(folder, exist_ok=True)
+        handle = _lock(folder)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(folder: str) -> int | None:
+    """Lock a folder and return what to close to unlock it; None where there are no locks."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows
+        return None
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise ValueError(
+                    f"--log_dir {folder} is in use by another training run: wait for its end, or "
+                    "choose another folder"
+                ) from error
+            time.sleep(0.1)
+        except OSError:  # some network disks
+            os.close(handle)
+            return None
 
 
 # --------------------------------------------------------------------------------------------

@@ -256,11 +256,16 @@ def dev() -> torch.device:
     return _state.device or choose_device(None, read_launch(os.environ).local_rank or 0)
 
 
-def precision(use_bf16: bool) -> AbstractContextManager:
-    """Return bfloat16 autocast on `dev()`; if not asked for, what leaves the caller's as it is."""
+def precision(use_bf16: bool, cache: bool = True) -> AbstractContextManager:
+    """Return bfloat16 autocast on `dev()`; if not asked for, what leaves the caller's as it is.
+
+    Without `cache` a weight is cast at each use, instead of keeping its narrow copy for the block.
+    """
     import torch
 
-    return torch.autocast(dev().type, torch.bfloat16) if use_bf16 else nullcontext()
+    if not use_bf16:
+        return nullcontext()
+    return torch.autocast(dev().type, torch.bfloat16, cache_enabled=cache)
 
 
 def _is_alone() -> bool:

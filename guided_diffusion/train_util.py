@@ -233,7 +233,8 @@ class TrainLoop:
         pace = Pace(self.total_steps)
         pace.start(self._updates(), self.state.images)
         bar = progress_bar(self.total_steps * self.global_batch, self.state.images)
-        with StopSignals() as signals, bar:
+        reserved = checkpoint_sets.reserved(get_blob_logdir())
+        with reserved, StopSignals() as signals, bar:
             while not asked and (not self.total_steps or self._updates() < self.total_steps):
                 with dist_util.stage("reading a batch"):
                     batch, cond = next(self.data)
@@ -322,7 +323,7 @@ class TrainLoop:
         return move(batch), {name: move(value) for name, value in cond.items()}
 
     def _losses(self, x_start: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> dict[str, Tensor]:
-        with dist_util.precision(self.use_bf16):
+        with dist_util.precision(self.use_bf16, cache=not self.ranks.is_sharded):
             return self.loss_fn(self.ddp_model, x_start, t, cond, noise)
 
     def _update_ema(self) -> None:

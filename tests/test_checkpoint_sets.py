@@ -155,6 +155,18 @@ def test_old_sets_are_deleted(tmp_path):
     assert prune(str(tmp_path), 2, newest=4) == []
 
 
+def test_a_folder_is_one_runs_own(tmp_path, monkeypatch):
+    """A second run in the same folder is refused, until the first has ended."""
+    monkeypatch.setattr(checkpoint_sets, "PATIENCE", 0.3)
+    folder, other = str(tmp_path / "run"), str(tmp_path / "other")
+    with checkpoint_sets.reserved(folder), checkpoint_sets.reserved(other):
+        second = checkpoint_sets.reserved(folder)
+        with pytest.raises(ValueError, match="--log_dir .* in use by another"):
+            second.__enter__()
+    with checkpoint_sets.reserved(folder):
+        assert os.listdir(folder) == []
+
+
 def test_only_our_leftovers_are_removed(tmp_path):
     """Temporary files of a killed save go; nothing else does."""
     ours = ["model000001.pt.tmp12", "ema_0.9999_000001.json.tmp3", "state000001.pt.tmp4"]

@@ -1,0 +1,153 @@
+"""Runs that are stopped, killed and moved to other ranks, by the dozen. `make soak` runs this.
+
+Each test prints what it did in one line, which docs/reliability.md quotes.
+"""
+
+import contextlib
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripting import (  # noqa: E402
+    ROOT,
+    SMALL,
+    environment,
+    flags_of,
+    launch,
+    launch_command,
+    make_images,
+)
+from test_killed_saves import kill_saves  # noqa: E402
+from test_resume import TIMES, assert_same_run  # noqa: E402
+
+SCRIPT = ROOT / "scripts" / "image_train.py"
+RUN = SMALL | {
+    "device": "cpu", "num_workers": 1, "log_interval": 3, "save_interval": 5, "dropout": 0.1,
+    "ema_rate": "0.5,0.9", "schedule_sampler": "loss-second-moment", "random_crop": True,
+    "resume_checkpoint": "auto", "keep_checkpoints": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("data") / "data", count=23)
+
+
+def flags_for(folder, data, ranks, seed, steps):
+    """Return the flags of a run with 12 images a step."""
+    own = {"batch_size": 12 // ranks, "log_dir": folder, "seed": seed, "max_steps": steps}
+    return RUN | {"data_dir": data} | own
+
+
+def run_whole(folder, launcher, ranks, flags):
+    """Run to the end in one go."""
+    done = launch(launcher, SCRIPT, flags_of(flags), folder.parent, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+
+
+def run_with_interruptions(folder, launcher, ranks, flags, rng, numbers):
+    """Run, and interrupt with one signal of `numbers` after the other; return how often it began.
+
+    Each goes to all processes of the job at once, as from a batch system.
+    """
+    command = launch_command(launcher, SCRIPT, flags_of(flags), ranks)
+    numbers = list(numbers)
+    for begun in range(1, 100):
+        job = subprocess.Popen(
+            command, cwd=folder.parent, env=environment(), start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        rows = count_rows(folder)
+        while numbers and job.poll() is None and count_rows(folder) <= rows:
+            time.sleep(0.02)
+        if numbers and job.poll() is None:
+            time.sleep(rng.uniform(0, 0.7))
+            send(numbers.pop(0), job.pid)
+        _, stderr = job.communicate(timeout=120)
+        if job.returncode == 0 and (folder / f"state{flags['max_steps']:06d}.pt").exists():
+            return begun
+    raise AssertionError(stderr)
+
+
+def send(number, pid):
+    """Send a signal to a process, its children, theirs and so on: torchrun's have own sessions."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    for each in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, number)
+
+
+def count_rows(folder):
+    path = folder / "progress.csv"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    "launcher, ranks, seed",
+    [
+        ("mpiexec", 1, 1),
+        ("mpiexec", 2, 2),
+        ("torchrun", 2, 3),
+        ("mpiexec", 3, 4),
+        ("torchrun", 4, 5),
+    ],
+)
+def test_interrupted_runs_equal_undisturbed_ones(launcher, ranks, seed, data, tmp_path):
+    """Killed and stopped at random moments, restarted by the same command: the same 60 steps."""
+    rng = random.Random(seed)
+    numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL]
+    rng.shuffle(numbers)
+    if launcher == "torchrun":  # which knows no SIGUSR1 and dies of it
+        numbers = [signal.SIGTERM if n == signal.SIGUSR1 else n for n in numbers]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_whole(whole, launcher, ranks, flags_for(whole, data, ranks, seed, 60))
+    begun = run_with_interruptions(
+        parts, launcher, ranks, flags_for(parts, data, ranks, seed, 60), rng, numbers
+    )
+    assert_same_run(whole, parts, 60)
+    names = " ".join(signal.Signals(number).name for number in numbers)
+    print(f"\n{launcher} -n {ranks}: begun {begun} times ({names}), equal to the undisturbed run")
+
+
+def test_ranks_may_change_on_the_way(data, tmp_path):
+    """1, 2, 3, 4, 2 ranks, 6 steps each: the losses are those of one rank, to rounding."""
+    flags = {"dropout": 0, "schedule_sampler": "uniform", "log_interval": 1}
+    whole = tmp_path / "whole"
+    run_whole(whole, "mpiexec", 1, flags_for(whole, data, 1, 6, 30) | flags)
+    parts = tmp_path / "parts"
+    for part, ranks in enumerate([1, 2, 3, 4, 2], 1):
+        run_whole(parts, "mpiexec", ranks, flags_for(parts, data, ranks, 6, 6 * part) | flags)
+    rows = []
+    for folder in (whole, parts):
+        with open(folder / "progress.csv") as file:
+            rows.append(list(csv.DictReader(file)))
+    assert len(rows[0]) == len(rows[1]) == 30
+    worst = 0.0
+    for one, other in zip(*rows, strict=True):
+        for name in set(one) - TIMES:
+            assert bool(one[name]) == bool(other[name]), name
+            if one[name]:
+                a, b = float(one[name]), float(other[name])
+                worst = max(worst, abs(a - b) / max(abs(a), 1e-12))
+    assert worst < 1e-3
+    print(f"\n1, 2, 3, 4, 2 ranks in turn: 30 rows, figures within {worst:.1e} of one rank's")
+
+
+def test_fifty_kills_leave_a_set_to_go_on_from(tmp_path):
+    """As in the suite, with 50 kills."""
+    print("\n" + kill_saves(tmp_path, kills=50, seed=5).splitlines()[-1])
