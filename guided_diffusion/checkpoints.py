@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-CLASSES = "classes.txt"  # beside the checkpoints: the class names, by number
+# Beside the checkpoints: the class names by number, and a table with the number of images of each.
+CLASSES, CLASS_COUNTS = "classes.txt", "classes.csv"
 
 
 def model_name(step: int) -> str:

@@ -5,6 +5,9 @@ Each part that is loaded gets a line in the log: from where, or that it starts c
 
 from __future__ import annotations
 
+import csv
+import io
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -135,7 +138,7 @@ def save_set(
     opt: Optimizer,
     averages: dict[float, list[Tensor]],
     flags: dict[str, Any],
-    classes: list[str] | None = None,
+    classes: dict[str, int] | None = None,
     keep: int = 0,
 ) -> None:
     """Write a set of checkpoint files, the state last. All ranks call this, rank 0 writes.
@@ -147,7 +150,8 @@ def save_set(
         opt: the optimizer.
         averages: rate -> the EMA's masters.
         flags: what to write beside each file of weights.
-        classes: the class names, by number, to write beside the set; or None.
+        classes: class name -> number of its images, in the order of the class numbers, to write
+            beside the set; or None.
         keep: how many sets to keep, this one included; 0 for all.
 
     Raises:
@@ -164,12 +168,27 @@ def save_set(
         writer.weights(name, sharding.gather(weights))
     writer.save(checkpoints.opt_name(state.step), sharding.optimizer_state(opt))
     if classes and dist_util.is_main():
-        text = "".join(f"{name}\n" for name in classes).encode()
-        checkpoints.write_file(writer.path(checkpoints.CLASSES), lambda file: file.write(text))
+        _save_classes(folder, classes)
     writer.complete(state.to_dict())
     if dist_util.is_main():
         _tidy(folder, keep, state.step)
     dist_util.barrier()
+
+
+def _save_classes(folder: str, classes: dict[str, int]) -> None:
+    """Write classes.txt, a name a line, and classes.csv, with number and count of each class."""
+    table = io.StringIO()
+    rows = [(number, *item) for number, item in enumerate(classes.items())]
+    csv.writer(table, lineterminator="\n").writerows([("class", "name", "images"), *rows])
+    texts = {checkpoints.CLASSES: "".join(f"{name}\n" for name in classes)}
+    texts[checkpoints.CLASS_COUNTS] = table.getvalue()
+    for name, text in texts.items():
+        path, content = checkpoints.join(folder, name), text.encode()
+        checkpoints.write_file(path, partial(_write, content))
+
+
+def _write(content: bytes, file: Any) -> None:
+    file.write(content)
 
 
 def _tidy(folder: str, keep: int, step: int) -> None:

@@ -74,7 +74,8 @@ class TrainLoop:
         max_bad_steps: stop after so many steps in a row without a finite loss and gradient.
         keep_checkpoints: how many sets of files to keep; 0 for all.
         shard_params: share parameters, moments and averages among the ranks.
-        classes: names of the classes, by number, written beside the checkpoints; or None.
+        classes: class name -> number of its images, in the order of the class numbers, written
+            beside the checkpoints; or None.
         preview: (network with the weights of the EMA, step) draws a picture, on all ranks; or None.
         sample_interval: steps between two of them.
 
@@ -115,7 +116,7 @@ class TrainLoop:
         max_bad_steps: int = 100,
         keep_checkpoints: int = 0,
         shard_params: bool = False,
-        classes: list[str] | None = None,
+        classes: dict[str, int] | None = None,
         preview: Callable[[nn.Module, int], None] | None = None,
         sample_interval: int = 0,
     ):
@@ -251,6 +252,8 @@ class TrainLoop:
                 if not asked:  # after the save: a run that goes on from here has not seen it
                     self.validator.log_whole_set(self.model, self.state)
         logger.dumpkvs()  # the open row
+        if getattr(self.data, "num_bad", 0):
+            logger.log(f"{self.data.num_bad} images could not be read and were skipped")
         if asked:
             logger.log(
                 f"stopped by {asked} after step {self._updates()}; go on with "

@@ -143,7 +143,7 @@ def train(
         data=data,
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
         flags=flags,
-        classes=data.classes,
+        classes=data.classes and dict(zip(data.classes, data.class_counts, strict=True)),
         **{name: getattr(args, name) for name in same.split()},
         **own | more,
     ).run_loop()

@@ -88,12 +88,13 @@ def data(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("data") / "data", count=10)
 
 
-@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
-def test_two_ranks_go_on_exactly(launcher, data, tmp_path):
-    """Two processes of two ranks each leave the files and rows of one with twice the steps."""
-    train(launcher, tmp_path / "whole", data, 5, seed=4)
-    train(launcher, tmp_path / "parts", data, 3, seed=4)
-    done = train(launcher, tmp_path / "parts", data, 5)  # the seed is in the state
+@pytest.mark.parametrize("launcher, ranks", [("mpiexec", 2), ("torchrun", 2), ("mpiexec", 4)])
+def test_ranks_go_on_exactly(launcher, ranks, data, tmp_path):
+    """Two jobs, one after the other, leave the files and rows of one with all their steps."""
+    same = {"ranks": ranks, "batch_size": 4 // ranks}
+    train(launcher, tmp_path / "whole", data, 5, seed=4, **same)
+    train(launcher, tmp_path / "parts", data, 3, seed=4, **same)
+    done = train(launcher, tmp_path / "parts", data, 5, **same)  # the seed is in the state
     assert "seed 4" in done.stdout and "from " + str(tmp_path / "parts" / "opt0") in done.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 5)
 

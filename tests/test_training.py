@@ -150,6 +150,8 @@ def test_classes_stand_beside_the_checkpoints(data, tmp_path):
     done = succeed("image_train", flags)
     assert "0 = 2 (3), 1 = cat (4), 2 = dog (3)" in done.out
     assert (tmp_path / "run" / "classes.txt").read_text() == "2\ncat\ndog\n"
+    table = (tmp_path / "run" / "classes.csv").read_text()
+    assert table == "class,name,images\n0,2,3\n1,cat,4\n2,dog,3\n"
     for path in own.glob("2_*"):
         path.rename(own / path.name.replace("2_", "ant_"))
     done = run_script("image_train", flags | {"resume_checkpoint": "auto", "max_steps": 5})
@@ -227,4 +229,4 @@ def test_bad_images_are_skipped_on_request(data, tmp_path):
     flags = flags_for("image_train", own) | {"max_steps": 6}
     assert run_script("image_train", flags, log_dir=tmp_path / "a").code == 1
     done = succeed("image_train", flags, log_dir=tmp_path / "b", skip_bad_images=True)
-    assert done.out.count("0_0.png") == 1 and "skipped" in done.out
+    assert done.out.count("0_0.png") == 1 and "1 images could not be read" in done.out

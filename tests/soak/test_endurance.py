@@ -97,31 +97,34 @@ def count_rows(folder):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize(
-    "launcher, ranks, seed",
-    [
-        ("mpiexec", 1, 1),
-        ("mpiexec", 2, 2),
-        ("torchrun", 2, 3),
-        ("mpiexec", 3, 4),
-        ("torchrun", 4, 5),
-    ],
-)
-def test_interrupted_runs_equal_undisturbed_ones(launcher, ranks, seed, data, tmp_path):
+SHARDED = {"shard_params": True, "use_bf16": True, "use_checkpoint": True}
+CASES = [
+    ("mpiexec", 1, {}),
+    ("mpiexec", 2, {}),
+    ("torchrun", 2, {}),
+    ("mpiexec", 3, {}),
+    ("torchrun", 4, {}),
+    ("mpiexec", 2, SHARDED),
+]
+
+
+@pytest.mark.parametrize("launcher, ranks, more", CASES)
+def test_interrupted_runs_equal_undisturbed_ones(launcher, ranks, more, data, tmp_path):
     """Killed and stopped at random moments, restarted by the same command: the same 60 steps."""
+    seed = CASES.index((launcher, ranks, more))
     rng = random.Random(seed)
     numbers = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1, signal.SIGKILL]
     rng.shuffle(numbers)
     if launcher == "torchrun":  # which knows no SIGUSR1 and dies of it
         numbers = [signal.SIGTERM if n == signal.SIGUSR1 else n for n in numbers]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_whole(whole, launcher, ranks, flags_for(whole, data, ranks, seed, 60))
-    begun = run_with_interruptions(
-        parts, launcher, ranks, flags_for(parts, data, ranks, seed, 60), rng, numbers
-    )
+    run_whole(whole, launcher, ranks, flags_for(whole, data, ranks, seed, 60) | more)
+    flags = flags_for(parts, data, ranks, seed, 60) | more
+    begun = run_with_interruptions(parts, launcher, ranks, flags, rng, numbers)
     assert_same_run(whole, parts, 60)
     names = " ".join(signal.Signals(number).name for number in numbers)
-    print(f"\n{launcher} -n {ranks}: begun {begun} times ({names}), equal to the undisturbed run")
+    how = " sharded, bf16" if more else ""
+    print(f"\n{launcher} -n {ranks}{how}: begun {begun} times ({names}), equal to the whole run")
 
 
 def test_ranks_may_change_on_the_way(data, tmp_path):
