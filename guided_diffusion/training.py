@@ -49,6 +49,7 @@ def _agree_on_resume(args: argparse.Namespace) -> None:
         )
     if asked == "auto" and not path:
         logger.log("--resume_checkpoint auto: no complete set yet, a new run begins")
+        logger.get_current().drop_rows_after(-1)  # of a run that was killed before it could save
     folder, step = get_blob_logdir(), checkpoints.step_of(path)
     later = [n for n in checkpoint_sets.steps_among(checkpoints.names_in(folder)) if n > step]
     if later:

@@ -230,3 +230,18 @@ def test_bad_images_are_skipped_on_request(data, tmp_path):
     assert run_script("image_train", flags, log_dir=tmp_path / "a").code == 1
     done = succeed("image_train", flags, log_dir=tmp_path / "b", skip_bad_images=True)
     assert done.out.count("0_0.png") == 1 and "1 images could not be read" in done.out
+
+
+def test_a_run_that_never_saved_begins_anew(data, tmp_path):
+    """Killed before its first checkpoint, its rows go; a run that is not to go on appends."""
+    flags = flags_for("image_train", data) | {"log_dir": tmp_path, "max_steps": 2}
+    flags |= {"log_interval": 1}
+    succeed("image_train", flags)
+    for path in tmp_path.glob("state*"):
+        path.unlink()
+    done = succeed("image_train", flags, resume_checkpoint="auto")
+    assert "no complete set yet, a new run begins" in done.out
+    assert [row["step"] for row in rows_of(tmp_path)] == ["0", "1"]
+    assert (tmp_path / "log.txt").read_text().count("| step ") == 2
+    succeed("image_train", flags)
+    assert len(rows_of(tmp_path)) == 4
