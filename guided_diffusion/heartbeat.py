@@ -12,6 +12,7 @@ import atexit
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import threading
@@ -127,6 +128,7 @@ class Heartbeat:
         self.last_words: str | None = None
         self.failed = self.server_left = self.asked = False
         self.job_over: float | None = None  # since when this rank knows
+        self._parent = os.getppid()
         self._stop, self._wake, self._told = (threading.Event() for _ in range(3))
         self._threads = [self._start(self._watch)]
 
@@ -246,8 +248,15 @@ class Heartbeat:
     # The thread that watches
 
     def _watch(self) -> None:
-        """End the process if it waits far too long, or long after another rank ended the job."""
+        """End the process if it waits far too long, or long after another rank ended the job.
+
+        If the launcher is killed, torchrun's children live on; each gets the signal then that a
+        launcher sends which is told to stop.
+        """
         while not self._stop.wait(BEAT / 2):
+            if os.getppid() != self._parent:
+                self._parent = os.getppid()
+                os.kill(os.getpid(), signal.SIGTERM)
             now = _present()
             too_long = now is not None and now.age() > self.timeout + GRACE
             if too_long and now.waits and now.until is None:

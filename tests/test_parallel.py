@@ -1,12 +1,23 @@
 """One run, on any number of ranks: gradients, order of images, resumed runs."""
 
 import csv
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from scripting import CLASSIFIER, ROOT, SMALL, flags_of, launch, make_images
+from scripting import (
+    CLASSIFIER,
+    ROOT,
+    SMALL,
+    environment,
+    flags_of,
+    launch,
+    launch_command,
+    make_images,
+)
 from test_resume import TIMES, assert_same_run
 
 sys.path.insert(0, str(Path(__file__).parent / "workers"))
@@ -152,3 +163,29 @@ def test_a_signal_to_one_rank_ends_all(launcher, number, data, tmp_path):
     assert all((tmp_path / f"end{rank}.txt").exists() for rank in (0, 1))
     assert "another rank after step 4" in done.stdout
     assert sorted(p.name for p in (tmp_path / "run").glob("state*")) == ["state000004.pt"]
+
+
+def test_ranks_stop_when_their_launcher_is_killed(data, tmp_path):
+    """Without it they would train on unseen: they save, end, and the same command goes on."""
+    flags = SMALL | {
+        "data_dir": data, "batch_size": 2, "log_dir": tmp_path / "run", "device": "cpu",
+        "num_workers": 0, "seed": 4, "log_interval": 1,
+    }  # fmt: skip
+    script = ROOT / "scripts" / "image_train.py"
+    agent = subprocess.Popen(
+        launch_command("torchrun", script, flags_of(flags)), env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for(lambda: (tmp_path / "run" / "progress.csv").exists())
+    agent.kill()
+    agent.wait()
+    wait_for(lambda: list((tmp_path / "run").glob("state*")))
+    wait_for(lambda: "stopped by" in (tmp_path / "run" / "log.txt").read_text())
+
+
+def wait_for(is_done):
+    """Wait until something has happened, but no more than a minute."""
+    deadline = time.monotonic() + 60
+    while not is_done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
