@@ -176,7 +176,8 @@ def test_ranks_stop_when_their_launcher_is_killed(data, tmp_path):
         launch_command("torchrun", script, flags_of(flags)), env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    wait_for(lambda: (tmp_path / "run" / "progress.csv").exists())
+    rows = tmp_path / "run" / "progress.csv"
+    wait_for(lambda: rows.exists() and rows.read_text())  # the loop has begun
     agent.kill()
     agent.wait()
     wait_for(lambda: list((tmp_path / "run").glob("state*")))
