@@ -36,6 +36,7 @@ def resolve_resume(asked: str, log_dir: str) -> str:
     Raises:
         ValueError: if there is no such file, or no complete set in the folder.
     """
+    asked = os.path.expanduser(asked)
     if asked == "auto":
         folder = os.environ.get("DIFFUSION_BLOB_LOGDIR") or log_dir
         if not folder:
@@ -43,7 +44,7 @@ def resolve_resume(asked: str, log_dir: str) -> str:
         return find_newest(os.path.expanduser(folder)) or ""
     if not asked or checkpoints.exists(asked):
         return _check_is_weights(asked)
-    newest = find_newest(os.path.expanduser(asked))
+    newest = find_newest(asked)
     if newest is None:
         raise ValueError(
             f"--resume_checkpoint {asked} is neither a file nor a folder with a complete set of "
@@ -103,9 +104,7 @@ def read_state(model_path: str) -> dict[str, Any] | None:
         ValueError: if the file is damaged, or of a later version of this project.
     """
     path = beside(model_path, checkpoints.state_name(checkpoints.step_of(model_path)))
-    if os.path.basename(model_path) != checkpoints.model_name(checkpoints.step_of(model_path)):
-        return None  # an average, or a renamed file: nothing belongs to it
-    if not checkpoints.exists(path):
+    if not has_set(model_path) or not checkpoints.exists(path):
         return None
     state = dist_util.load_state_dict(path)
     if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
@@ -116,6 +115,14 @@ def read_state(model_path: str) -> dict[str, Any] | None:
             "the version that wrote it, or remove it to start it cold"
         )
     return state
+
+
+def has_set(path: str) -> bool:
+    """Tell whether other files can belong to a file of weights: not to an average or a renamed one.
+
+    Their names would say step 0, and what the published code saved there is not theirs.
+    """
+    return os.path.basename(path) == checkpoints.model_name(checkpoints.step_of(path))
 
 
 def beside(path: str, name: str) -> str:
@@ -140,8 +147,8 @@ class SetWriter:
         self.folder, self.step, self.flags = folder, step, flags
         self.sizes: dict[str, int] = {}
         if dist_util.is_main():
-            if not checkpoints.is_remote(folder):
-                os.makedirs(folder, exist_ok=True)
+            checkpoints.make_folder(folder)
+            remove_leftovers(folder)  # before anything is written: the disk may be tight
             # An older set of the same number ends here, before its first file is replaced.
             checkpoints.remove(self.path(checkpoints.state_name(step)))
 
@@ -180,7 +187,7 @@ def reserved(folder: str) -> Iterator[None]:
     """
     handle = None
     if dist_util.is_main() and not checkpoints.is_remote(folder):
-        os.makedirs(folder, exist_ok=True)
+        checkpoints.make_folder(folder)
         handle = _lock(folder)
     try:
         yield
@@ -222,21 +229,25 @@ def _lock(folder: str) -> int | None:
 def prune(folder: str, keep: int, newest: int) -> list[int]:
     """Delete the sets before step `newest` but for the last `keep`, that one included.
 
-    Sets without a state file, of the published code for example, and later ones, of another run,
-    are not touched.
+    Of ours those that a kill has cut short go, too. Sets of the published code, without flags and
+    state, and later ones, of another run, are not touched.
 
     Returns:
-        the steps of the sets that were deleted.
+        the steps of the complete sets that were deleted.
     """
-    names = checkpoints.names_in(folder)
-    ours = [step for step in steps_among(names) if checkpoints.state_name(step) in names]
-    old = [step for step in ours if step <= newest][keep:]
-    for step in old:
+    names = set(checkpoints.names_in(folder))
+    complete, cut_short = [], []
+    for step in (step for step in steps_among(names) if step <= newest):
+        if checkpoints.state_name(step) in names:
+            complete.append(step)
+        elif checkpoints.flags_path(checkpoints.model_name(step)) in names:
+            cut_short.append(step)
+    for step in complete[keep:] + cut_short:
         checkpoints.remove(checkpoints.join(folder, checkpoints.state_name(step)))
         of_set = re.compile(rf"(model|opt|ema_.+_){step:06d}\.(pt|json)")
         for name in filter(of_set.fullmatch, names):
             checkpoints.remove(checkpoints.join(folder, name))
-    return old
+    return complete[keep:]
 
 
 def remove_leftovers(folder: str) -> None:

@@ -8,9 +8,11 @@ module imports no torch, so that flags can be checked at once.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -65,42 +67,55 @@ def join(folder: str, name: str) -> str:
 
 def exists(path: str) -> bool:
     """Tell whether there is a file `path`, local or remote."""
-    if not is_remote(path):
-        return os.path.isfile(path)
-    import blobfile
-
-    return blobfile.exists(path)
+    return _remote("exists", path) if is_remote(path) else os.path.isfile(path)
 
 
 def names_in(folder: str) -> list[str]:
     """Return the names of the files in a local or remote folder, sorted; none if there is none."""
-    if not is_remote(folder):
-        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    import blobfile
-
-    return sorted(blobfile.listdir(folder)) if blobfile.isdir(folder) else []
+    if is_remote(folder):
+        return sorted(_remote("listdir", folder)) if _remote("isdir", folder) else []
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
 
 
 def size_of(path: str) -> int | None:
     """Return the size of a local or remote file in bytes, None if there is none."""
     if not exists(path):
         return None
-    if not is_remote(path):
-        return os.path.getsize(path)
-    import blobfile
-
-    return blobfile.stat(path).size
+    return _remote("stat", path).size if is_remote(path) else os.path.getsize(path)
 
 
 def remove(path: str) -> None:
     """Remove a local or remote file, if it is there."""
     if exists(path):
-        if not is_remote(path):
-            os.remove(path)
-        else:
-            import blobfile
+        _remote("remove", path) if is_remote(path) else os.remove(path)
 
-            blobfile.remove(path)
+
+def make_folder(folder: str) -> None:
+    """Make a local folder, if it is not there; remote ones need not be made.
+
+    Raises:
+        ValueError: if it cannot be made.
+    """
+    if not is_remote(folder):
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the folder {folder} cannot be made ({error.strerror}): choose another --log_dir, "
+                "or another $DIFFUSION_BLOB_LOGDIR if that is set"
+            ) from error
+
+
+def _remote(name: str, path: str, *arguments: Any) -> Any:
+    """Call one of blobfile's functions."""
+    try:
+        import blobfile
+
+        return getattr(blobfile, name)(path, *arguments)
+    except Exception as error:  # each storage service brings errors of its own
+        raise ValueError(
+            f"{path} cannot be reached ({first_line(error)}): check the address, and your access"
+        ) from error
 
 
 def write_file(path: str, write: Callable[[Any], None]) -> None:
@@ -116,17 +131,27 @@ def write_file(path: str, write: Callable[[Any], None]) -> None:
     try:
         _write_remote(path, write) if is_remote(path) else _write_local(path, write)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else first_line(error)
         raise OSError(
-            f"{path} cannot be written ({reason}): make room there, or choose another --log_dir; "
-            "what was there before is as it was"
+            f"{path} cannot be written ({_why(error, path)}): make room there, or choose another "
+            "--log_dir; what was there before is as it was"
         ) from error
 
 
-def _write_remote(path: str, write: Callable[[Any], None]) -> None:
-    import blobfile
+def _why(error: Exception, path: str) -> str:
+    """Return the reason why a file cannot be written, in the words of the system if it has any."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None):
+            return os.strerror(cause.errno)
+        cause = cause.__context__
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(folder) and shutil.disk_usage(folder).free < 2**20:
+        return os.strerror(errno.ENOSPC)
+    return first_line(error)
 
-    with blobfile.BlobFile(path, "wb") as file:
+
+def _write_remote(path: str, write: Callable[[Any], None]) -> None:
+    with _remote("BlobFile", path, "wb") as file:
         write(file)
 
 
@@ -179,7 +204,7 @@ def load_flags(path: str) -> dict[str, Any]:
         return {}
     try:
         flags = json.loads(read_file(name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON ({error}); restore or remove it") from error
     if not isinstance(flags, dict):
         raise ValueError(f"{name} must hold a JSON object of flags; restore or remove it")
@@ -189,12 +214,15 @@ def load_flags(path: str) -> dict[str, Any]:
 def read_file(path: str) -> bytes:
     """Return the bytes of a local or remote file."""
     if is_remote(path):
-        import blobfile
-
-        with blobfile.BlobFile(path, "rb") as file:
+        with _remote("BlobFile", path, "rb") as file:
             return file.read()
     with open(path, "rb") as file:
         return file.read()
+
+
+def read_class_names(path: str) -> list[str]:
+    """Return the lines of a classes.txt; file names need not be valid text."""
+    return read_file(path).decode(errors="surrogateescape").removesuffix("\n").split("\n")
 
 
 def kind_of(flags: dict[str, Any]) -> str:

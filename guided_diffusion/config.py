@@ -18,6 +18,7 @@ from .flag_checks import (
     checkpoint_file,
     checkpoint_source,
     class_list,
+    count,
     count_or_unset,
     device_name,
     ema_rates,
@@ -54,7 +55,9 @@ class RunConfig:
     )
     use_bf16: bool = flag(False, "compute in bfloat16 autocast; weights stay float32")
     dist_timeout: float = flag(
-        1800.0, "seconds after which a rank that waits for another gives up", check=above(0)
+        1800.0,
+        "seconds after which a rank that waits for another gives up",
+        check=above(0, most=1e7),
     )
 
 
@@ -71,7 +74,7 @@ class DataConfig:
         check=label_source,
     )  # fmt: skip
     num_workers: int = flag(
-        -1, "processes that decode images (-1: by the cores, 0: none)", check=at_least(-1)
+        -1, "processes that decode images (-1: by the cores, 0: none)", check=count(1000, least=-1)
     )
     skip_bad_images: bool = flag(False, "skip and count images that cannot be read")
 
@@ -88,7 +91,7 @@ class AugmentConfig:
 class BatchConfig:
     """How many images go through the network at once."""
 
-    batch_size: int = flag(1, "images in a batch of one process", check=at_least(1))
+    batch_size: int = flag(1, "images in a batch of one process", check=count(10**6))
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class OptimConfig:
         "uniform", "how t is drawn: uniform or loss-second-moment",
         check=one_of("uniform", "loss-second-moment"),
     )  # fmt: skip
-    lr: float = flag(1e-4, "learning rate of AdamW", check=above(0))
+    lr: float = flag(1e-4, "learning rate of AdamW", check=above(0, most=1000))
     weight_decay: float = flag(0.0, "weight decay of AdamW", check=at_least(0))
     microbatch: int = flag(
         -1, "images in one forward pass, to save memory (-1: the batch)", check=count_or_unset
@@ -107,7 +110,7 @@ class OptimConfig:
     ema_rate: str = flag("0.9999", "rates of the weight averages, commas between", check=ema_rates)
     grad_clip: float = flag(0.0, "largest norm of the gradient (0: any)", check=at_least(0))
     max_bad_steps: int = flag(
-        100, "stop when so many steps in a row have no finite loss and gradient", check=at_least(1)
+        100, "stop when so many steps in a row have no finite loss and gradient", check=count(10**9)
     )
     shard_params: bool = flag(False, "share weights and optimizer among the ranks (FSDP)")
 
@@ -116,9 +119,9 @@ class OptimConfig:
 class KeepConfig:
     """What is logged and kept, and where to go on."""
 
-    log_interval: int = flag(10, "steps between two lines of the log", check=at_least(1))
+    log_interval: int = flag(10, "steps between two lines of the log", check=count(10**9))
     tensorboard: bool = flag(False, "write TensorBoard files, too")
-    save_interval: int = flag(10000, "steps between two checkpoints", check=at_least(1))
+    save_interval: int = flag(10000, "steps between two checkpoints", check=count(10**9))
     keep_checkpoints: int = flag(0, "sets of checkpoints to keep (0: all)", check=at_least(0))
     resume_checkpoint: str = flag(
         "", "from where to go on: modelNNNNNN.pt, a folder, or auto (--log_dir)",
@@ -138,7 +141,7 @@ class TrainConfig:
         0, "let the learning rate fall to 0 over this many steps and stop", check=at_least(0)
     )
     fp16_scale_growth: float = flag(
-        1e-3, "how much log2 of the fp16 loss scale grows in a step", check=at_least(0)
+        1e-3, "how much log2 of the fp16 loss scale grows in a step", check=between(0, 10)
     )
     sample_interval: int = flag(
         0, "steps between two pictures of samples of the EMA (0: none)", check=at_least(0)
@@ -153,9 +156,9 @@ class ClassifierTrainConfig:
         "", "validation images, as --data_dir (default: no validation)", check=image_source
     )
     noised: bool = flag(True, "train on noised images, as guidance needs")
-    iterations: int = flag(150000, "number of steps", check=at_least(1))
+    iterations: int = flag(150000, "number of steps", check=count(10**9))
     anneal_lr: bool = flag(False, "let the learning rate fall linearly to 0")
-    eval_interval: int = flag(5, "steps between two validation batches", check=at_least(1))
+    eval_interval: int = flag(5, "steps between two validation batches", check=count(10**9))
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ class LoadConfig:
     model_path: str = flag(
         "", "checkpoint; the .json beside it gives the flags", check=checkpoint_file, required=True
     )
-    num_samples: int = flag(10000, "number of images", check=at_least(1))
+    num_samples: int = flag(10000, "number of images", check=count(10**9))
     clip_denoised: bool = flag(True, "clip the predicted x_start to [-1, 1] in every step")
 
 
@@ -206,7 +209,7 @@ class BaseSamplesConfig:
 class PixelConfig:
     """What the images and their labels are."""
 
-    num_classes: int = flag(1000, "number of classes", check=at_least(1), fixes=True)
+    num_classes: int = flag(1000, "number of classes", check=count(10**7), fixes=True)
     in_channels: int = flag(3, "3 for colour, 1 for grey images", check=one_of(1, 3), fixes=True)
 
 
@@ -214,24 +217,24 @@ class PixelConfig:
 class SizeConfig:
     """The image size."""
 
-    image_size: int = flag(64, "height and width in pixels", check=at_least(1), fixes=True)
+    image_size: int = flag(64, "height and width in pixels", check=count(2**15), fixes=True)
 
 
 @dataclass(frozen=True)
 class SuperResConfig:
     """The two image sizes."""
 
-    large_size: int = flag(256, "height and width of the output", check=at_least(1), fixes=True)
-    small_size: int = flag(64, "height and width of the input", check=at_least(1), fixes=True)
+    large_size: int = flag(256, "height and width of the output", check=count(2**15), fixes=True)
+    small_size: int = flag(64, "height and width of the input", check=count(2**15), fixes=True)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The UNet."""
 
-    num_channels: int = flag(128, "channels at multiplier 1", check=at_least(1), fixes=True)
-    num_res_blocks: int = flag(2, "residual blocks per level", check=at_least(1), fixes=True)
-    num_heads: int = flag(4, "attention heads", check=at_least(1), fixes=True)
+    num_channels: int = flag(128, "channels at multiplier 1", check=count(2**15), fixes=True)
+    num_res_blocks: int = flag(2, "residual blocks per level", check=count(1000), fixes=True)
+    num_heads: int = flag(4, "attention heads", check=count(2**15), fixes=True)
     num_heads_upsample: int = flag(
         -1, "attention heads of the decoder (-1: as num_heads)", check=count_or_unset, fixes=True
     )
@@ -263,7 +266,7 @@ class DiffusionConfig:
     """How images are noised, and what the network is asked to predict."""
 
     learn_sigma: bool = flag(False, "predict a variance next to each mean", fixes=True)
-    diffusion_steps: int = flag(1000, "length T of the chain", check=at_least(1), fixes=True)
+    diffusion_steps: int = flag(1000, "length T of the chain", check=count(10**6), fixes=True)
     noise_schedule: str = flag(
         "linear", "how the betas grow: linear or cosine", check=one_of("linear", "cosine"),
         fixes=True,
@@ -282,8 +285,8 @@ class ClassifierConfig:
     """The noisy classifier."""
 
     classifier_use_fp16: bool = flag(False, "compute in float16")
-    classifier_width: int = flag(128, "channels at multiplier 1", check=at_least(1), fixes=True)
-    classifier_depth: int = flag(2, "residual blocks per level", check=at_least(1), fixes=True)
+    classifier_width: int = flag(128, "channels at multiplier 1", check=count(2**15), fixes=True)
+    classifier_depth: int = flag(2, "residual blocks per level", check=count(1000), fixes=True)
     classifier_attention_resolutions: str = flag(
         "32,16,8", "feature map sizes with attention", check=list_of(int, "32,16,8"), fixes=True
     )
@@ -300,7 +303,7 @@ class ClassifierConfig:
         check=list_of(float, "1,2,3,4"), fixes=True,
     )  # fmt: skip
     classifier_num_head_channels: int = flag(
-        64, "channels per attention head", check=at_least(1), fixes=True
+        64, "channels per attention head", check=count(2**15), fixes=True
     )
 
 

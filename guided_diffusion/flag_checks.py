@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+LARGEST = 10**6  # number in a list of levels or sizes; beyond it no network can be built
+
 Check = Callable[[Any], "str | None"]  # value -> what is wrong with it, or None
 
 
@@ -32,12 +34,29 @@ def at_least(low: float) -> Check:
     return lambda value: None if value >= low else f"must be at least {low}"
 
 
-def above(low: float) -> Check:
-    """Accept numbers greater than `low`."""
-    return lambda value: None if value > low else f"must be greater than {low}"
+def count(most: int, least: int = 1) -> Check:
+    """Accept whole numbers from `least` to `most`."""
+
+    def check(value: int) -> str | None:
+        if value < least:
+            return f"must be at least {least}"
+        return None if value <= most else f"must be at most {most}"
+
+    return check
 
 
-def between(low: int, high: int) -> Check:
+def above(low: float, most: float = float("inf")) -> Check:
+    """Accept numbers greater than `low`, up to `most`."""
+
+    def check(value: float) -> str | None:
+        if not value > low:
+            return f"must be greater than {low}"
+        return None if value <= most else f"must be at most {most:g}"
+
+    return check
+
+
+def between(low: float, high: float) -> Check:
     """Accept numbers from `low` to `high`."""
     return lambda value: None if low <= value <= high else f"must lie between {low} and {high}"
 
@@ -55,17 +74,17 @@ def one_of(*choices: Any) -> Check:
 
 def count_or_unset(value: int) -> str | None:
     """Accept a positive count, or -1 for none."""
-    return None if value == -1 or value > 0 else "must be positive, or -1 to leave it unset"
+    return (
+        None if value == -1 or 0 < value <= 10**6 else "must be positive, or -1 to leave it unset"
+    )
 
 
 def list_of(kind: type, example: str) -> Check:
-    """Accept finite comma-separated numbers greater than 0 (or an empty string)."""
+    """Accept comma-separated numbers from 0 on, 0 excluded (or an empty string)."""
 
     def check(value: str) -> str | None:
         try:
-            good = (
-                all(0 < kind(item) < float("inf") for item in value.split(",")) if value else True
-            )
+            good = all(0 < kind(item) <= LARGEST for item in value.split(",")) if value else True
         except ValueError:
             good = False
         return None if good else f"must be positive numbers with commas between, such as {example}"
@@ -162,3 +181,6 @@ def output_folder(value: str) -> str | None:
     if not os.access(path, os.W_OK | os.X_OK):
         return f"cannot be written, since {path} is not yours to write into: choose another"
     return None
+
+
+PATHS = (checkpoint_file, checkpoint_source, npz_file, image_source, label_source, output_folder)

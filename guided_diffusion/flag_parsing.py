@@ -13,7 +13,7 @@ from dataclasses import field, fields
 from typing import Any
 
 from .dist_util import explain
-from .flag_checks import Check, str2bool
+from .flag_checks import PATHS, Check, str2bool
 from .launchers import read_launch
 
 
@@ -53,22 +53,27 @@ def fixed_names(*groups: type) -> set[str]:
 # From the command line
 
 
+MISTAKE_IN_FLAGS = 2  # the exit code
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, without the list of all flags."""
 
     def error(self, message: str):
-        _fail(f"{message} (--help lists all flags)", code=2)
+        _fail(f"{message} (--help lists all flags)", code=MISTAKE_IN_FLAGS)
 
 
 def _fail(message: str, code: int) -> None:
     """Print one line on stderr and end the process.
 
-    A mistake in the command is made by all ranks alike: rank 0 tells it, and when it ends, the
-    launcher ends the others, who speak only if they are still there.
+    A mistake in the flags is made by all ranks alike, and rank 0 tells it. Of others it tells
+    first, and when it ends, the launcher ends the others, who speak only if they are still there.
     """
     rank = read_launch(os.environ).rank
     if rank > 0:
         time.sleep(2)
+        if code == MISTAKE_IN_FLAGS:  # all ranks have the same
+            sys.exit(code)
     line = " ".join(message.split())
     who = f"{os.path.basename(sys.argv[0])}: " + (f"rank {rank}: " if rank else "")
     print(f"{who}error: {line}", file=sys.stderr, flush=True)
@@ -79,6 +84,8 @@ def _add_flag(group: Any, f: Any, default: Any) -> None:
     value = f" [{default}]" if default != "" else ""
     shown = f"{f.metadata['help']}{value}".replace("%", "%%")
     kind = str2bool if f.type is bool else f.type
+    if f.metadata["check"] in PATHS:
+        kind = os.path.expanduser  # in --flag=~/x the shell leaves it to us
     group.add_argument(
         f"--{f.name}", type=kind, default=argparse.SUPPRESS, metavar=f.type.__name__, help=shown
     )

@@ -17,6 +17,7 @@ from .sharding import global_norm
 
 INITIAL_LOG_LOSS_SCALE = 20.0
 MIN_LOG_LOSS_SCALE = 0.0  # a scale below 1 would make small gradients vanish for good
+MAX_LOG_LOSS_SCALE = 127.0  # the range of float32
 
 NamedParams: TypeAlias = list[tuple[str, Tensor]]
 ParamGroups: TypeAlias = list[tuple[NamedParams, Any]]  # (named parameters, shape of the master)
@@ -206,7 +207,8 @@ class MixedPrecisionTrainer:
         if self.use_fp16:
             zero_master_grads(self.master_params)
             master_params_to_model_params(self.param_groups_and_shapes, self.master_params)
-            self.lg_loss_scale += self.fp16_scale_growth
+            grown = self.lg_loss_scale + self.fp16_scale_growth
+            self.lg_loss_scale = min(grown, MAX_LOG_LOSS_SCALE)
         return True
 
     def skip(self) -> None:

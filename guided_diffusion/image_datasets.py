@@ -233,6 +233,16 @@ class ImageStream(Iterator):
         """Number of broken images skipped so far by this rank."""
         return len(self._bad)
 
+    @property
+    def bad_images(self) -> frozenset[str]:
+        """The broken images skipped so far by this rank."""
+        return frozenset(self._bad)
+
+    @property
+    def seed(self) -> int:
+        """The seed of order, crops and flips."""
+        return self._batches.seed
+
     def seek(self, image_number: int) -> None:
         """Let the next batch begin at this image number of the run, whatever came before."""
         assert image_number >= 0, image_number

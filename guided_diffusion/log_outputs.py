@@ -40,7 +40,7 @@ class TextOutput(Output):
     """Lines and tables for people: log.txt or, on rank 0 alone, the terminal."""
 
     def __init__(self, path: Path | None = None):
-        self.file = path and path.open("a", encoding="utf-8")
+        self.file = path and path.open("a", encoding="utf-8", errors="surrogateescape")
 
     def write_text(self, text: str) -> None:
         """Write a line, at once."""
@@ -58,10 +58,10 @@ class TextOutput(Output):
         """Take the later tables out of the file; the lines of text stay."""
         if self.file:
             path = Path(self.file.name)
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
             _replace(path, TABLE.sub(lambda table: _unless_later(table, step), text))
             self.file.close()
-            self.file = path.open("a", encoding="utf-8")
+            self.file = path.open("a", encoding="utf-8", errors="surrogateescape")
 
     def close(self) -> None:
         """Close the file, if it is not the terminal."""
@@ -78,8 +78,8 @@ class CSVOutput(Output):
             file.seek(0)
             text = file.read()
             whole_rows = text[: text.rfind("\n") + 1]  # a killed run may leave half a row
-            file.truncate(len(whole_rows.encode()))
-        self.columns = next(csv.reader(whole_rows.splitlines()), [])
+            file.truncate(len(whole_rows.encode(errors="surrogateescape")))
+        self.columns = next(csv.reader(io.StringIO(whole_rows.replace("\0", ""))), [])
 
     def write_kvs(self, kvs: Mapping[str, Any]) -> None:
         """Append a row."""
@@ -99,11 +99,12 @@ class CSVOutput(Output):
         """Take the later rows out of the file."""
         if "step" in self.columns:
             place = self.columns.index("step")
-            self._rewrite(row for row in self._rows() if not _is_later(row[place], step))
+            rows = (row for row in self._rows() if len(row) > place)
+            self._rewrite(row for row in rows if not _is_later(row[place], step))
 
     def _rows(self) -> list[list[str]]:
-        with self._open("r") as file:
-            return list(csv.reader(file))[1:]
+        with self._open("r") as file:  # a power failure may leave zeros
+            return [row for row in csv.reader(line.replace("\0", "") for line in file) if row][1:]
 
     def _rewrite(self, rows: Iterable[list[str]]) -> None:
         text = io.StringIO()
@@ -111,14 +112,14 @@ class CSVOutput(Output):
         _replace(self.path, text.getvalue())
 
     def _open(self, mode: str) -> Any:
-        return self.path.open(mode, newline="", encoding="utf-8")
+        return self.path.open(mode, newline="", encoding="utf-8", errors="surrogateescape")
 
 
 class JSONOutput(Output):
     """A JSON object for each dump, each on a line."""
 
     def __init__(self, path: Path):
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8", errors="surrogateescape")
 
     def write_kvs(self, kvs: Mapping[str, Any]) -> None:
         """Append a line."""
@@ -127,7 +128,7 @@ class JSONOutput(Output):
     def drop_rows_after(self, step: int) -> None:
         """Take the later lines out of the file."""
         path = Path(self.file.name)
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
         steps = [re.search(r'"step": (\d+)', line) for line in lines]
         kept = [
             line for line, found in zip(lines, steps, strict=True)
@@ -135,7 +136,7 @@ class JSONOutput(Output):
         ]  # fmt: skip
         _replace(path, "".join(kept))
         self.file.close()
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8", errors="surrogateescape")
 
     def close(self) -> None:
         """Close the file."""
@@ -222,6 +223,6 @@ def _is_later(text: str, step: int) -> bool:
 def _replace(path: Path, text: str) -> None:
     """Rewrite a file so that it never holds half of it."""
     draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", newline="", encoding="utf-8") as file:
+    with draft.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         file.write(text)
     os.replace(draft, path)

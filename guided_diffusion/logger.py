@@ -8,7 +8,7 @@ Files that exist are appended to, so that a resumed run goes on in the files of 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ class Logger:
         self.found: set[Path] = set()  # what was in the folder before
         self.made: list[Path] = []  # the files of the outputs, and folders, that were not there
         self.num_dumps = 0
+        self._last_step: int | None = None
         self.values: dict[str, Any] = {}
         self.counts: dict[str, int] = {}  # of the keys whose value is a sum, to be averaged
 
@@ -54,13 +55,16 @@ class Logger:
 
     def window(self) -> dict[str, Any]:
         """Return the pairs that wait for the next dump, so that they can be saved."""
-        known = (int, float, str)
-        plain = {k: v if isinstance(v, known) else _to_plain(v) for k, v in self.values.items()}
-        return {"values": plain, "counts": dict(self.counts)}
+        values = {key: _to_saved(value) for key, value in self.values.items()}
+        return {"values": values, "counts": dict(self.counts)}
 
     def restore_window(self, window: Mapping[str, Any]) -> None:
         """Go on with the pairs that `window` returned."""
         self.values, self.counts = dict(window["values"]), dict(window["counts"])
+
+    def last_step(self, default: int) -> int:
+        """Return the key "step" of the last dump, `default` before the first."""
+        return default if self._last_step is None else int(self._last_step)
 
     def drop_rows_after(self, step: int) -> None:
         """Forget the dumps whose key "step" is larger, in every file."""
@@ -72,10 +76,21 @@ class Logger:
         kvs = self.getkvs() if self.comm is None else self._average_over_ranks()
         self.values, self.counts = {}, {}
         self.num_dumps += 1
+        self._last_step = kvs.get("step", self._last_step)
         if kvs and self.level < DISABLED:
             for output in self.outputs:
-                output.write_kvs(kvs)
+                self._write(output.write_kvs, kvs)
         return kvs
+
+    def _write(self, write: Callable[[Any], None], what: Any) -> None:
+        """Let an output write; if it cannot, say which folder is full or gone."""
+        try:
+            write(what)
+        except OSError as error:
+            raise OSError(
+                f"the log in {self.dir} cannot be written ({error.strerror or error}): make room "
+                "there, or choose another --log_dir"
+            ) from error
 
     def _average_over_ranks(self) -> dict[str, Any]:
         """Weigh the means of all ranks of an mpi4py communicator; only rank 0 gets a result."""
@@ -95,7 +110,7 @@ class Logger:
         """Write a line, as print would, if its level is high enough."""
         if self.level <= level and self.level < DISABLED:
             for output in self.outputs:
-                output.write_text(" ".join(map(str, args)))
+                self._write(output.write_text, " ".join(map(str, args)))
 
     def close(self) -> None:
         """Close every output."""
@@ -105,8 +120,9 @@ class Logger:
     def forget(self) -> None:
         """Close, and take away what was made, unless something was dumped or saved meanwhile."""
         self.close()
-        if self.num_dumps or set(Path(self.dir).iterdir()) - self.found - set(self.made):
-            return
+        with suppress(OSError):  # several ranks do this at once
+            if self.num_dumps or set(Path(self.dir).iterdir()) - self.found - set(self.made):
+                return
         for path in self.made:
             with suppress(OSError):  # a folder that others write into stays
                 path.rmdir() if path.is_dir() else path.unlink()
@@ -115,6 +131,14 @@ class Logger:
 def _hold(value: Any) -> Any:
     """Keep a tensor's value without waiting for its device, and out of reach of later changes."""
     return value.detach().clone() if hasattr(value, "detach") else value
+
+
+def _to_saved(value: Any) -> Any:
+    """Return what can be saved and added to as before: tensors stay tensors, subclasses do not."""
+    if type(value) in (int, float, str, bool):
+        return value
+    is_tensor = hasattr(value, "detach")
+    return value.detach().cpu() if is_tensor and value.dim() == 0 else _to_plain(value)
 
 
 def _to_plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ def class_names(model_path: str) -> list[str] | None:
     path = checkpoints.join(os.path.dirname(model_path), checkpoints.CLASSES)
     if not checkpoints.exists(path):
         return None
-    return checkpoints.read_file(path).decode(errors="replace").splitlines()
+    return checkpoints.read_class_names(path)
 
 
 def save_grid(
@@ -48,6 +48,8 @@ def save_grid(
         if labels is not None:
             label = int(labels[i])
             known = names is not None and label < len(names)
-            draw.text((x, y), names[label] if known else str(label), fill="black")
+            name = names[label] if known else str(label)
+            name = name.encode(errors="replace").decode()  # file names need not be text
+            draw.text((x, y), name, fill="black")
     checkpoints.write_file(path, lambda file: sheet.save(file, format="PNG"))
     logger.log(f"saved {os.path.abspath(path)}")

@@ -52,13 +52,21 @@ def load_optimizer(opt: Optimizer, resume: str) -> None:
     if not resume:
         return
     path = checkpoint_sets.beside(resume, checkpoints.opt_name(checkpoints.step_of(resume)))
+    if not checkpoint_sets.has_set(resume):
+        logger.log(f"optimizer: cold, {resume} is no modelNNNNNN.pt that others belong to")
+        return
     if not _all_have(path):
         logger.log(f"optimizer: cold, there is no {path}")
         return
     state = dist_util.load_state_dict(path)
     try:
         sharding.load_optimizer_state(opt, state)
-        fits = all(v["exp_avg"].shape == p.shape for p, v in opt.state.items())
+        moments = {"step", "exp_avg", "exp_avg_sq"}
+        fits = all(
+            moments <= v.keys() and v["exp_avg"].shape == v["exp_avg_sq"].shape == p.shape
+            for p, v in opt.state.items()
+        )
+        lr, decay = (float(opt.param_groups[0][name]) for name in ("lr", "weight_decay"))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         fits = False
     if not fits:
@@ -66,9 +74,7 @@ def load_optimizer(opt: Optimizer, resume: str) -> None:
             f"{path} is no optimizer state of this network: give the --use_fp16 and the model "
             "flags it was written with, or move it away to start the optimizer cold"
         )
-    group = opt.param_groups[0]
-    kept = f"learning rate {group['lr']:g} and weight decay {group['weight_decay']:g}"
-    logger.log(f"optimizer: from {path}, with its {kept}")
+    logger.log(f"optimizer: from {path}, with its learning rate {lr:g} and weight decay {decay:g}")
 
 
 def load_ema(trainer: MixedPrecisionTrainer, path: str | None, rate: float) -> list[Tensor] | None:
@@ -86,7 +92,7 @@ def load_ema(trainer: MixedPrecisionTrainer, path: str | None, rate: float) -> l
     logger.log(f"EMA {rate}: from {path}")
     masters = trainer.state_dict_to_master_params(weights)
     pairs = zip(masters, trainer.master_params, strict=True)
-    return [sharding.like(mine.detach().to(p.device), p) for mine, p in pairs]
+    return [sharding.like(mine.detach().to(p.device, p.dtype), p) for mine, p in pairs]
 
 
 def load_state(
@@ -111,10 +117,43 @@ def load_state(
     if saved is None:
         raise ValueError(f"{path} is there for rank 0 only: put --log_dir on a disk that all share")
     state = TrainState.from_dict(saved, path)
+    if state.step != fallback.step:
+        raise ValueError(f"{path} is of step {state.step}: give the files their old names back")
     logger.log(f"state: from {path}, seed {state.seed}, {state.images:,} images seen")
     if not _teach(sampler, state.sampler):
         logger.log("timestep sampler: cold, the saved one is of another kind or length")
     return state, saved["ranks"]
+
+
+def go_on_with(data: Any, number: int) -> None:
+    """Send a stream of images to its image `number`, if it can be sent anywhere."""
+    if hasattr(data, "seek"):
+        data.seek(number)
+
+
+def describe_parts(state: TrainState, data: Any, sampler: Any) -> None:
+    """Write into the state what there is to know of the data and the timestep sampler."""
+    state.num_entries = getattr(data, "num_entries", None)
+    state.data_seed = getattr(data, "seed", None)
+    state.sampler = getattr(sampler, "state_dict", dict)()
+
+
+def compare_data(state: TrainState, data: Any) -> None:
+    """Warn if the data of a resumed run is not what it began with: its order is another then."""
+    for name, what in (("num_entries", "images"), ("data_seed", "the seed")):
+        before, now = getattr(state, name), getattr(data, name.removeprefix("data_"), None)
+        if before is not None and now is not None and before != now:
+            logger.warn(
+                f"the run began with {before} as {what}, now {now}: another order of images"
+            )
+
+
+def tell_bad_images(data: Any) -> None:
+    """Log how many images were skipped on all ranks. All ranks call this."""
+    everyone = dist_util.all_gather_objects(sorted(getattr(data, "bad_images", ())))
+    bad = {path for paths in everyone for path in paths}
+    if bad:
+        logger.log(f"skipped images, which could not be read: {len(bad)}")
 
 
 def _teach(sampler: Any, learnt: dict[str, Any]) -> bool:
@@ -183,7 +222,7 @@ def _save_classes(folder: str, classes: dict[str, int]) -> None:
     texts = {checkpoints.CLASSES: "".join(f"{name}\n" for name in classes)}
     texts[checkpoints.CLASS_COUNTS] = table.getvalue()
     for name, text in texts.items():
-        path, content = checkpoints.join(folder, name), text.encode()
+        path, content = checkpoints.join(folder, name), text.encode(errors="surrogateescape")
         checkpoints.write_file(path, partial(_write, content))
 
 
@@ -204,7 +243,7 @@ def check_classes(resume: str, names: list[str] | None) -> None:
     path = checkpoint_sets.beside(resume, checkpoints.CLASSES)
     if not resume or not names or not checkpoints.exists(path):
         return
-    before = checkpoints.read_file(path).decode(errors="replace").splitlines()
+    before = checkpoints.read_class_names(path)
     if before != names:
         new = sorted(set(names) - set(before)) or sorted(set(before) - set(names)) or names
         raise ValueError(

@@ -34,6 +34,8 @@ class TrainState:
         last_row: step of the last row of the log; -1 before the first.
         ema_began: rate -> the step at which the average began.
         sampler: what a loss-aware timestep sampler has learnt.
+        num_entries: how many images the data has; None if that is not known.
+        data_seed: of the order of the images; None likewise.
     """
 
     step: int = 0
@@ -46,6 +48,8 @@ class TrainState:
     last_row: int = -1
     ema_began: dict[str, int] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
+    num_entries: int | None = None
+    data_seed: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the state file, together with what each rank keeps for itself.
@@ -74,15 +78,31 @@ class TrainState:
         """Return the counters of a state file.
 
         Raises:
-            ValueError: if one is missing or of the wrong type.
+            ValueError: if one is missing, of the wrong type or out of range.
         """
-        values = {f.name: saved.get(f.name, f) for f in fields(cls)}
-        for f in fields(cls):
-            value = values[f.name]
-            whole = "int" not in str(f.type).split("[")[0] or isinstance(value, int)
-            if value is f or not whole or not isinstance(saved.get("ranks"), list):
-                raise ValueError(f"{path} is damaged: restore it, or remove it to start it cold")
-        return cls(**values)
+        try:
+            values = {f.name: saved[f.name] for f in fields(cls)}
+            state = cls(**values)
+            is_sound = all(
+                (value is None and "None" in str(f.type)) or _is_sound(value, f.type)
+                for f, value in zip(fields(cls), values.values(), strict=True)
+            )
+            for rank in saved["ranks"]:
+                is_sound &= {"values", "counts"} <= rank["log"].keys() and "torch" in rank["random"]
+        except (AttributeError, KeyError, TypeError):
+            is_sound = False
+        if not is_sound:
+            raise ValueError(f"{path} is damaged: restore it, or remove it to start it cold")
+        return state
+
+
+def _is_sound(value: Any, kind: Any) -> bool:
+    """Tell whether a value from a file is of an annotated kind, and numbers are in range."""
+    if "dict" in str(kind):
+        return isinstance(value, dict)
+    if "float" in str(kind):
+        return isinstance(value, int | float) and abs(value) < 1000
+    return isinstance(value, int) and -1 <= value < 2**63
 
 
 # --------------------------------------------------------------------------------------------

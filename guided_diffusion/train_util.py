@@ -6,6 +6,7 @@ from the seed and its number, and everything else that a step depends on is save
 which is stopped and goes on is the run that was never stopped.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -146,6 +147,7 @@ class TrainLoop:
         self.step = 0  # updates taken by this process
         self.resume_step = 0  # updates taken before
         self._is_finite, self._loss = True, "no loss yet"  # of the last batch, over all ranks
+        self._in_use = 0  # images that the present step takes, over all ranks
         self._load_weights(init_from, shard_params)
         self.mp_trainer = MixedPrecisionTrainer(
             model=model,
@@ -181,9 +183,8 @@ class TrainLoop:
             last_row=self.resume_step - 1,
             seed=-1 if seed is None else seed,
         )
-        self.state, ranks = train_files.load_state(
-            self.resume_checkpoint, self.schedule_sampler, fallback
-        )
+        known = (self.resume_checkpoint, self.schedule_sampler, fallback)
+        self.state, ranks = train_files.load_state(*known)
         if seed is not None:
             self.state.seed = seed
         elif self.state.seed < 0:
@@ -191,14 +192,11 @@ class TrainLoop:
         self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
         if self.state.lg_loss_scale is not None and self.use_fp16:
             self.mp_trainer.lg_loss_scale = self.state.lg_loss_scale
-        if self.resume_checkpoint:
+        if self.resume_checkpoint and self._updates() < (self.total_steps or math.inf):
             logger.get_current().drop_rows_after(self.state.last_row)
-        for data, number in [
-            (self.data, self.state.images),
-            (self.validator.data, self.state.val_images),
-        ]:
-            if hasattr(data, "seek"):
-                data.seek(number)
+        train_files.go_on_with(self.data, self.state.images)
+        train_files.go_on_with(self.validator.data, self.state.val_images)
+        train_files.compare_data(self.state, self.data)
         if ranks:
             train_state.restore_rank(ranks, self.state.seed, self.state.images)
         elif seed is not None:
@@ -207,7 +205,9 @@ class TrainLoop:
 
     def _load_ema(self, rate: float) -> list[Tensor]:
         """Return the weight average to go on with: the saved one, else the present weights."""
-        path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
+        path = None
+        if checkpoint_sets.has_set(self.resume_checkpoint):
+            path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
         average = train_files.load_ema(self.mp_trainer, path, rate)
         if average is not None:
             self.state.ema_began.setdefault(str(rate), 0)
@@ -230,17 +230,19 @@ class TrainLoop:
         """Train until the last step or until a signal asks to stop, then save."""
         if not self.total_steps:
             logger.log("no --max_steps and no --lr_anneal_steps: training goes on until stopped")
+        elif self._updates() >= self.total_steps:
+            logger.log(f"step {self._updates()} of {self.total_steps}: there is nothing left to do")
+            return
         saved, asked = None, None
         pace = Pace(self.total_steps)
         pace.start(self._updates(), self.state.images)
         bar = progress_bar(self.total_steps * self.global_batch, self.state.images)
-        reserved = checkpoint_sets.reserved(get_blob_logdir())
-        with reserved, StopSignals() as signals, bar:
+        with StopSignals() as signals, bar:
             while not asked and (not self.total_steps or self._updates() < self.total_steps):
                 with dist_util.stage("reading a batch"):
                     batch, cond = next(self.data)
                 self.run_step(batch, cond)
-                self._report(pace, len(batch))
+                self._report(pace)
                 bar.update(self.global_batch)
                 if self._updates() % self.save_interval == 0:
                     self.validator.log_whole_set(self.model, self.state)
@@ -252,13 +254,10 @@ class TrainLoop:
                 if not asked:  # after the save: a run that goes on from here has not seen it
                     self.validator.log_whole_set(self.model, self.state)
         logger.dumpkvs()  # the open row
-        if getattr(self.data, "num_bad", 0):
-            logger.log(f"{self.data.num_bad} images could not be read and were skipped")
+        train_files.tell_bad_images(self.data)
         if asked:
-            logger.log(
-                f"stopped by {asked} after step {self._updates()}; go on with "
-                f"--log_dir {logger.get_dir()} --resume_checkpoint auto"
-            )
+            again = f"--log_dir {logger.get_dir()} --resume_checkpoint auto"
+            logger.log(f"stopped by {asked} after step {self._updates()}; go on with {again}")
 
     def run_step(self, batch: Tensor, cond: Cond) -> None:
         """Take one optimizer step on a batch [N, C, H, W], unless a loss or gradient overflowed."""
@@ -299,14 +298,20 @@ class TrainLoop:
 
     def _draw(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw timesteps and their weights, [N], and noise like the batch, image by image."""
+        self._advance()
         first = self.state.images + dist_util.get_rank() * len(batch)
         numbers = range(first, first + len(batch))
-        ahead = dist_util.get_world_size() * len(batch)
+        ahead = self._in_use = dist_util.get_world_size() * len(batch)
         uniforms = streams.uniform(self.state.seed, numbers, streams.TIMESTEP)
         t, weights = sample_timesteps(self.schedule_sampler, uniforms, dist_util.dev())
         following = range(first + ahead, first + ahead + len(batch))
         noise = torch.from_numpy(self.noise.take(numbers, tuple(batch.shape[1:]), following))
         return t, weights, noise.to(batch)
+
+    def _advance(self) -> None:
+        """Count the images of the last batch as seen."""
+        self.state.images += self._in_use
+        self._in_use = 0
 
     def _learn(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor]) -> None:
         """Log the losses [N] of a batch and teach the timestep sampler, if all are finite."""
@@ -355,13 +360,13 @@ class TrainLoop:
 
     def log_step(self) -> None:
         """Log where the run is, and what the optimizer step measured."""
-        seen = self.state.images + self.global_batch
-        logger.logkvs({"step": self._updates(), "samples": seen, "skipped": self.state.skipped})
-        logger.logkv("lr", self.opt.param_groups[0]["lr"])
+        self._advance()
+        logger.logkvs({"step": self._updates(), "samples": self.state.images})
+        logger.logkvs({"skipped": self.state.skipped, "lr": self.opt.param_groups[0]["lr"]})
         for name, value in self.mp_trainer.metrics.items():
             logger.logkv_mean(name, value)
 
-    def _report(self, pace: Pace, batch_size: int) -> None:
+    def _report(self, pace: Pace) -> None:
         """Close the step: validate, write a row of the log and draw a picture when it is time."""
         if self.validator.data is not None and self._updates() % self.eval_interval == 0:
             self.validator.log_batch(self.model, self.state)
@@ -371,11 +376,9 @@ class TrainLoop:
         is_row = self._updates() % self.log_interval == 0
         self.step += 1
         self.state.step = self._updates()
-        self.state.images += batch_size * dist_util.get_world_size()
         if is_row:
             logger.logkvs(pace.measure(self._updates(), self.state.images))
             logger.dumpkvs()
-            self.state.last_row = self._updates() - 1
         if self.preview and self.sample_interval and self._updates() % self.sample_interval == 0:
             self._draw_preview()
 
@@ -393,8 +396,10 @@ class TrainLoop:
     def save(self) -> None:
         """Write weights, EMAs, optimizer and state; all ranks call this, rank 0 writes."""
         folder = get_blob_logdir()
+        self._advance()
         self.state.step = self._updates()
-        self.state.sampler = getattr(self.schedule_sampler, "state_dict", dict)()
+        self.state.last_row = logger.get_current().last_step(self.state.last_row)
+        train_files.describe_parts(self.state, self.data, self.schedule_sampler)
         averages = dict(zip(self.ema_rate, self.ema_params, strict=True))
         logger.log(f"saving step {self._updates()} to {folder}")
         with dist_util.stage("saving a checkpoint"):
@@ -423,7 +428,7 @@ def parse_resume_step_from_filename(filename: str) -> int:
 
 def get_blob_logdir() -> str:
     """Return the folder for checkpoints: $DIFFUSION_BLOB_LOGDIR, else that of the log."""
-    return os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir()
+    return os.path.expanduser(os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir())
 
 
 def find_resume_checkpoint() -> str | None:

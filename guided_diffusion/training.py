@@ -26,11 +26,12 @@ def training_session(args: argparse.Namespace):
     """Join the ranks, open the log, and settle what the run begins from and its seed.
 
     Within the block `args.seed` is a seed and `args.resume_checkpoint` a file or "", the same on
-    all ranks.
+    all ranks, and no other run writes into the folders of this one.
     """
     with (
         dist_util.process_group(args.device, args.dist_timeout),
         logger.session(args.log_dir, tensorboard=args.tensorboard, comm=logger.Ranks()),
+        checkpoint_sets.reserved(get_blob_logdir()),
     ):
         for line in dist_util.describe_ranks():
             logger.log(line)
@@ -41,21 +42,23 @@ def training_session(args: argparse.Namespace):
 
 
 def _agree_on_resume(args: argparse.Namespace) -> None:
-    """Make sure that all ranks found the same checkpoint, and say so if there was none to find."""
-    path, asked = args.resume_checkpoint, args.resume_asked
-    if len(set(dist_util.all_gather_objects(path))) > 1:
+    """Settle on one checkpoint for all ranks, and tell what of the folder does not go with it."""
+    dist_util.barrier()  # until rank 0 has the folder: a run that is ending may yet save
+    folder, asked = get_blob_logdir(), args.resume_asked
+    if asked == "auto":
+        args.resume_checkpoint = checkpoint_sets.find_newest(folder) or ""
+    if len(set(dist_util.all_gather_objects(args.resume_checkpoint))) > 1:
         raise ValueError(
             f"--resume_checkpoint {asked} is not the same for all ranks: they must share the disk"
         )
-    if asked == "auto" and not path:
+    if asked == "auto" and not args.resume_checkpoint:
         logger.log("--resume_checkpoint auto: no complete set yet, a new run begins")
         logger.get_current().drop_rows_after(-1)  # of a run that was killed before it could save
-    folder, step = get_blob_logdir(), checkpoints.step_of(path)
-    later = [n for n in checkpoint_sets.steps_among(checkpoints.names_in(folder)) if n > step]
-    if later:
+    newest = checkpoint_sets.find_newest(folder)
+    if newest and checkpoints.step_of(newest) > checkpoints.step_of(args.resume_checkpoint):
         logger.warn(
-            f"{folder} holds sets of later steps, up to {later[0]}, of another run; auto would go "
-            "on from those: move them away"
+            f"{newest} is of a later step, of another run; auto would go on from there: move its "
+            "set away"
         )
 
 

@@ -149,6 +149,8 @@ class Validator:
         self.whole.seek(0)
         with dist_util.stage("validating"), self._evaluating(model):
             means = mean_over_all(self._parts(model, state.seed), self.num_timesteps)
+        if "step" not in logger.getkvs():  # this becomes a row of its own, of the next step
+            logger.logkv("step", state.step)
         logger.logkvs({f"val_all_{name}": value for name, value in means.items()})
 
     def _parts(self, model: nn.Module, seed: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

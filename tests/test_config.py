@@ -167,6 +167,9 @@ def test_flags_are_never_abbreviated():
     [
         (flag_checks.at_least(1), [1, 2], [0, -1, float("nan")]),
         (flag_checks.above(0), [0.1], [0, -1, float("nan")]),
+        (flag_checks.above(0, most=10), [0.1, 10], [0, 11, float("nan")]),
+        (flag_checks.count(9), [1, 9], [0, -1, 10]),
+        (flag_checks.count(9, least=-1), [-1, 9], [-2, 10]),
         (flag_checks.between(-1, 3), [-1, 3], [-2, 4]),
         (flag_checks.fraction, [0, 0.5], [1, -0.1, float("nan")]),
         (flag_checks.one_of("a", "b"), ["a"], ["c", ""]),
@@ -206,20 +209,34 @@ def test_paths_are_checked(tmp_path):
     assert "local" in flag_checks.output_folder("gs://bucket/logs")
 
 
-def test_the_error_of_another_rank_says_which(monkeypatch, capsys):
-    """Rank 0 tells a mistake; another rank waits to be ended, and names itself if it is not."""
-    for name, value in {
-        "RANK": "1",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "x",
-        "MASTER_PORT": "1",
-    }.items():
+def be_rank_1(monkeypatch):
+    """Let a launcher have started this process; return the list of its naps."""
+    launch = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in launch.items():
         monkeypatch.setenv(name, value)
     waited = []
     monkeypatch.setattr(flag_parsing.time, "sleep", waited.append)
-    with pytest.raises(SystemExit):
+    return waited
+
+
+def test_a_mistake_in_the_flags_is_told_once(monkeypatch, capsys):
+    """All ranks have the same flags: rank 0 tells the mistake, the others end without a word."""
+    waited = be_rank_1(monkeypatch)
+    with pytest.raises(SystemExit) as end:
         config.parse_flags("", config.BatchConfig, argv=["--batch_size", "0"])
-    assert waited and "rank 1: error: --batch_size 0" in capsys.readouterr().err
+    assert waited and end.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_the_error_of_another_rank_says_which(monkeypatch, capsys):
+    """Any other error may be of one rank alone, which names itself if it is not ended before."""
+
+    def main():
+        raise ValueError("no such disk")
+
+    waited = be_rank_1(monkeypatch)
+    with pytest.raises(SystemExit):
+        config.run(main)
+    assert waited and "rank 1: error: no such disk" in capsys.readouterr().err
 
 
 def test_run_shows_the_traceback_on_request(monkeypatch):

@@ -239,3 +239,39 @@ def test_a_copied_set_goes_on_elsewhere(tmp_path, data_dir):
     loop = run(tmp_path / "moved", data_dir, 4, resume=str(tmp_path / "moved"))
     assert_same_run(tmp_path / "whole", tmp_path / "moved", 4)
     assert checkpoints.step_of(loop.resume_checkpoint) == 2
+
+
+class PublishedLoop(TrainLoop):
+    """A program's own loop in the way of the published one, which knows nothing of states."""
+
+    def run_loop(self):
+        while self.step + self.resume_step < self.max_steps:
+            batch, cond = next(self.data)
+            self.run_step(batch, cond)
+            if self.step % self.log_interval == 0:
+                logger.dumpkvs()
+            self.step += 1
+        self.save()
+
+    def run_step(self, batch, cond):
+        self.forward_backward(batch, cond)
+        if self.mp_trainer.optimize(self.opt):
+            self._update_ema()
+        self._anneal_lr()
+        self.log_step()
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_a_program_with_its_own_loop_goes_on(tmp_path, data_dir, monkeypatch, start):
+    """Each step has timesteps and noise of its own, and a resumed run those that are due."""
+    import test_resume
+
+    monkeypatch.setattr(test_resume, "TrainLoop", PublishedLoop)
+    whole = run(tmp_path / "whole", data_dir, 6, log_interval=1)
+    assert whole.state.images == 24
+    run(tmp_path / "parts", data_dir, start, log_interval=1)
+    parts = run(tmp_path / "parts", data_dir, 6, log_interval=1, resume=str(tmp_path / "parts"))
+    assert equal(whole.model.state_dict(), parts.model.state_dict())
+    rows = rows_of(tmp_path / "parts")
+    assert [row["step"] for row in rows] == list("012345") and rows == rows_of(tmp_path / "whole")
+    assert len({row["loss"] for row in rows}) == 6

@@ -309,7 +309,7 @@ def test_two_ranks_draw_what_one_draws(launcher, place, tmp_path):
 def test_two_ranks_make_one_mistake(tmp_path):
     """Under mpiexec, a wrong flag is told by rank 0; other ranks name themselves; nothing stays."""
     flags = {"model_path": tmp_path / "nowhere.pt", "log_dir": "two"}
-    done = launch("mpiexec", SCRIPTS["image_sample"], flags, tmp_path)
+    done = launch("mpiexec", SCRIPTS["image_sample"], flags_of(flags), tmp_path)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     first, *others = [line for line in done.stderr.splitlines() if "error: " in line]
     assert first.startswith("image_sample.py: error: --model_path")

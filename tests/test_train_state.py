@@ -65,9 +65,23 @@ def test_counters_survive_the_file(log_dir):
     assert rank["log"] == {"values": {"loss": 0.1 + 0.2, "name": "x"}, "counts": {"loss": 2}}
 
 
-@pytest.mark.parametrize(
-    "change", [{"step": "many"}, {"images": None}, {"ranks": 3}, {"seed": 0.5}]
-)
+DAMAGES = [
+    {"step": "many"},
+    {"step": -4},
+    {"images": None},
+    {"seed": 0.5},
+    {"seed": 2**80},
+    {"ema_began": 3},
+    {"lg_loss_scale": "high"},
+    {"lg_loss_scale": 1e300},
+    {"ranks": 3},
+    {"ranks": [3]},
+    {"ranks": [{}]},
+    {"ranks": [{"random": {}, "log": {}}]},
+]
+
+
+@pytest.mark.parametrize("change", DAMAGES, ids=str)
 def test_a_damaged_state_is_told(log_dir, change):
     """One line, with the path and the remedy."""
     saved = TrainState().to_dict() | change
@@ -76,6 +90,17 @@ def test_a_damaged_state_is_told(log_dir, change):
     del saved[next(iter(change))]
     with pytest.raises(ValueError, match="damaged"):
         TrainState.from_dict(saved, "x/state.pt")
+
+
+def test_any_number_in_the_log_can_be_saved(log_dir):
+    """Numbers of numpy and torch are saved as plain ones or tensors, and go on adding up."""
+    for value in (np.float64(0.5), np.float32(0.5), np.int64(2), torch.tensor(0.5), True):
+        logger.logkv_mean("mean", value)
+        logger.logkv(f"last {type(value).__name__}", value)
+    saved = through_a_file(TrainState().to_dict())
+    logger.get_current().restore_window(saved["ranks"][0]["log"])
+    logger.logkv_mean("mean", 0.5)
+    assert logger.getkvs()["mean"] == (0.5 + 0.5 + 2 + 0.5 + 1 + 0.5) / 6
 
 
 def test_steps_are_counted(log_dir):

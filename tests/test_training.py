@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 from scripting import CLASSIFIER, SMALL, SUPER_RES, make_images, run_script, succeed
-from test_resume import assert_same_run
+from test_resume import TIMES, assert_same_run
 
-from guided_diffusion import training
+from guided_diffusion import checkpoint_sets, training
 from guided_diffusion.respace import space_timesteps
 from guided_diffusion.train_util import TrainLoop
 
@@ -217,9 +217,9 @@ def test_a_seed_given_again_must_not_differ_unseen(data, tmp_path):
 def test_a_new_run_beside_an_old_one_is_warned(data, tmp_path):
     """A later --resume_checkpoint auto would go on from the sets of the old run."""
     flags = flags_for("image_train", data) | {"log_dir": tmp_path}
-    assert "later steps" not in succeed("image_train", flags).out
+    assert "later step" not in succeed("image_train", flags).out
     done = succeed("image_train", flags, max_steps=1)
-    assert "sets of later steps, up to 4" in done.out
+    assert "model000004.pt is of a later step" in done.out
 
 
 def test_bad_images_are_skipped_on_request(data, tmp_path):
@@ -229,7 +229,7 @@ def test_bad_images_are_skipped_on_request(data, tmp_path):
     flags = flags_for("image_train", own) | {"max_steps": 6}
     assert run_script("image_train", flags, log_dir=tmp_path / "a").code == 1
     done = succeed("image_train", flags, log_dir=tmp_path / "b", skip_bad_images=True)
-    assert done.out.count("0_0.png") == 1 and "1 images could not be read" in done.out
+    assert done.out.count("0_0.png") == 1 and "could not be read: 1\n" in done.out
 
 
 def test_a_run_that_never_saved_begins_anew(data, tmp_path):
@@ -245,3 +245,71 @@ def test_a_run_that_never_saved_begins_anew(data, tmp_path):
     assert (tmp_path / "log.txt").read_text().count("| step ") == 2
     succeed("image_train", flags)
     assert len(rows_of(tmp_path)) == 4
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(data, tmp_path):
+    """A job that a scheduler starts once too often says so, and leaves every file as it is."""
+    flags = flags_for("classifier_train", data) | {"val_data_dir": data, "log_dir": tmp_path}
+    succeed("classifier_train", flags, log_interval=3)
+    rows = rows_of(tmp_path)
+    assert rows[-1]["val_all_loss"]
+    done = succeed("classifier_train", flags, log_interval=3, resume_checkpoint="auto")
+    assert "step 4 of 4: there is nothing left to do" in done.out
+    assert rows_of(tmp_path) == rows
+
+
+@pytest.mark.parametrize("log_interval", [1, 3])
+def test_the_last_validation_is_no_part_of_the_run(log_interval, data, tmp_path):
+    """What the end of a shorter run has logged besides its steps is dropped when it goes on."""
+    flags = flags_for("classifier_train", data) | {"val_data_dir": data, "eval_interval": 2}
+    flags |= {"log_interval": log_interval}
+    succeed("classifier_train", flags | {"iterations": 5}, log_dir=tmp_path / "whole")
+    succeed("classifier_train", flags | {"iterations": 2}, log_dir=tmp_path / "parts")
+    assert rows_of(tmp_path / "parts")[-1]["val_all_loss"]
+    flags |= {"iterations": 5, "resume_checkpoint": "auto"}
+    succeed("classifier_train", flags, log_dir=tmp_path / "parts")
+    whole, parts = (
+        [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+        for rows in (rows_of(tmp_path / "whole"), rows_of(tmp_path / "parts"))
+    )
+    assert whole == parts
+
+
+def test_class_names_need_not_be_text(data, tmp_path):
+    """File names may not be UTF-8, or have line ends that only Unicode knows."""
+    own = shutil.copytree(data, tmp_path / "own")
+    for path in sorted(own.glob("0_*")):
+        path.rename(os.fsdecode(os.fsencode(own) + b"/caf\xe9" + os.fsencode(path.name[1:])))
+    for path in sorted(own.glob("1_*")):
+        path.rename(own / ("a\u2028b" + path.name[1:]))
+    flags = flags_for("image_train", own) | {"log_dir": tmp_path / "run", "sample_interval": 2}
+    succeed("image_train", flags, max_steps=2)
+    succeed("image_train", flags, max_steps=4, resume_checkpoint="auto")
+    assert (tmp_path / "run" / "samples_000004.png").exists()
+
+
+def test_an_average_or_a_renamed_file_has_no_set(data, tmp_path):
+    """What stands beside it under the number 0 is not its optimizer or average."""
+    flags = flags_for("image_train", data) | {"ema_rate": "0.5"}
+    succeed("image_train", flags, log_dir=tmp_path, max_steps=4)
+    for name in ("opt{}.pt", "ema_0.5_{}.pt", "model{}.pt"):  # as the published code saves first
+        shutil.copy(tmp_path / name.format("000004"), tmp_path / name.format("000000"))
+    shutil.copy(tmp_path / "model000004.pt", tmp_path / "my_model000004.pt")
+    for name in ("ema_0.5_000004.pt", "my_model000004.pt"):
+        done = succeed(
+            "image_train", flags, log_dir=tmp_path / "new", max_steps=1,
+            resume_checkpoint=tmp_path / name,
+        )  # fmt: skip
+        assert "optimizer: cold" in done.out and "EMA 0.5: cold" in done.out
+
+
+def test_two_jobs_in_one_folder(data, tmp_path, monkeypatch):
+    """The second one, started by mistake, ends with one line and changes nothing."""
+    monkeypatch.setattr(checkpoint_sets, "PATIENCE", 0.2)
+    flags = flags_for("image_train", data) | {"log_dir": tmp_path, "log_interval": 1}
+    succeed("image_train", flags)
+    before = (tmp_path / "progress.csv").read_text()
+    with checkpoint_sets.reserved(str(tmp_path)):
+        done = run_script("image_train", flags, resume_checkpoint="auto", max_steps=9)
+    assert done.code == 1 and "in use by another training run" in done.err
+    assert (tmp_path / "progress.csv").read_text() == before

@@ -56,7 +56,6 @@ def gradients(folder, dtype, microbatch, sampler_name, seed=3, start=6, num_step
     rows = []
     for _ in range(num_steps):  # of one set of weights: Adam would amplify rounding
         loop.forward_backward(*next(loop.data))
-        loop.state.images += BATCH
         grads = [param.grad.double().flatten() for param in model.parameters()]
         rows.append(torch.cat(grads))
     return torch.stack(rows)
