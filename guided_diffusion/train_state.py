@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from . import dist_util, logger, streams
+from .launchers import first_line
 
 
 @dataclass
@@ -119,10 +120,19 @@ def restore_rank(saved: list[dict[str, Any]], seed: int, images: int) -> None:
 
     With another number of ranks there is no such thing: then dropout is seeded anew from the
     place in the run, and rank 0 takes over all windows of the log.
+
+    Raises:
+        ValueError: if the saved generators are damaged.
     """
     rank = dist_util.get_rank()
     if len(saved) == dist_util.get_world_size():
-        restore_random(saved[rank]["random"])
+        try:
+            restore_random(saved[rank]["random"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the state file of --resume_checkpoint is damaged ({first_line(error)}): restore "
+                "it, or remove it to start it cold"
+            ) from error
         logger.get_current().restore_window(saved[rank]["log"])
         return
     seed_rank(seed, images)

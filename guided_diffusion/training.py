@@ -16,6 +16,7 @@ from .image_datasets import ImageStream, load_data
 from .pictures import class_names, save_grid, to_uint8
 from .resample import create_named_schedule_sampler
 from .script_util import choose_seed, create_gaussian_diffusion
+from .train_state import TrainState
 from .train_util import TrainLoop, get_blob_logdir
 
 PREVIEW_IMAGES, PREVIEW_STEPS = 20, 25
@@ -64,8 +65,12 @@ def _agree_on_resume(args: argparse.Namespace) -> None:
 
 def _choose_seed(args: argparse.Namespace) -> int:
     """Return --seed, else the seed of the resumed run, else one drawn now; log it."""
-    state = checkpoint_sets.read_state(args.resume_checkpoint) if args.resume_checkpoint else None
-    saved = dist_util.broadcast_object((state or {}).get("seed"))
+    path, saved = args.resume_checkpoint, None
+    state = checkpoint_sets.read_state(path) if path else None
+    if state is not None:
+        name = checkpoints.state_name(checkpoints.step_of(path))
+        saved = TrainState.from_dict(state, checkpoint_sets.beside(path, name)).seed
+    saved = dist_util.broadcast_object(saved)
     if saved is not None and args.seed not in (-1, saved):
         logger.warn(f"--seed {args.seed} replaces the run's {saved}: other images, other noise")
     return choose_seed(saved if args.seed == -1 and saved is not None else args.seed)

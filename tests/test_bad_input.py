@@ -83,10 +83,13 @@ def make_broken_files(place):
 
 def make_broken_sets(place):
     """Copy the set in d, and damage one file of each copy."""
-    for name in ("nan", "cut", "later", "opt", "ema"):
+    for name in ("nan", "seed", "dice", "cut", "later", "opt", "ema"):
         shutil.copytree(place / "d", place / name)
     state = torch.load(place / "d" / "state000001.pt", weights_only=True)
     torch.save(state | {"images": "many"}, place / "nan" / "state000001.pt")
+    torch.save(state | {"seed": "x"}, place / "seed" / "state000001.pt")
+    state["ranks"][0]["random"]["torch"] = torch.zeros(3, dtype=torch.uint8)
+    torch.save(state, place / "dice" / "state000001.pt")
     whole = (place / "d" / "state000001.pt").read_bytes()
     (place / "cut" / "state000001.pt").write_bytes(whole[: len(whole) // 2])
     torch.save(state | {"format": 99}, place / "later" / "state000001.pt")
@@ -226,6 +229,8 @@ CASES = [
     ("image_train", {"resume_checkpoint": "PLACE/none"}, "--resume_checkpoint none complete set"),
     ("image_train", {"resume_checkpoint": "PLACE/d/opt000001.pt"}, "opt000001.pt model000001.pt"),
     ("image_train", {"resume_checkpoint": "PLACE/nan/model000001.pt"}, "state000001.pt damaged"),
+    ("image_train", {"resume_checkpoint": "PLACE/seed/model000001.pt"}, "state000001.pt damaged"),
+    ("image_train", {"resume_checkpoint": "PLACE/dice/model000001.pt"}, "state damaged remove"),
     ("image_train", {"resume_checkpoint": "PLACE/cut/model000001.pt"}, "state000001.pt cut short"),
     ("image_train", {"resume_checkpoint": "PLACE/later/model000001.pt"}, "state000001.pt format"),
     ("image_train", {"resume_checkpoint": "PLACE/opt/model000001.pt"}, "opt000001.pt optimizer"),
