@@ -24,7 +24,8 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 
 soak: .venv/test
-	$(TEST_ENV) $(BIN)/python -m pytest -o addopts="-q --strict-markers" -s tests/soak
+	$(TEST_ENV) $(BIN)/python -m pytest -o addopts="-q --strict-markers" -s tests/soak \
+		tests/test_hosts.py
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

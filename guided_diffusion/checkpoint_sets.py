@@ -11,14 +11,14 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from . import checkpoints, dist_util
 
 STATE_FORMAT = 1  # of the state file; a newer one is refused
 PATIENCE = 15.0  # seconds to wait for a folder that another run, perhaps a dying one, has locked
-TEMPORARY = re.compile(r"(model|ema_.+_|opt|state)\d+\.(pt|json)\.tmp\d+")
+TEMPORARY = re.compile(r"((model|ema_.+_|opt|state)\d+\.(pt|json)|classes\.(txt|csv))\.tmp\d+")
 
 
 # --------------------------------------------------------------------------------------------
@@ -66,17 +66,25 @@ def _check_is_weights(path: str) -> str:
 def find_newest(folder: str) -> str | None:
     """Return the weights file of the newest complete set in a folder, or None.
 
-    A set of the published code has no state file; it counts as complete if it has an optimizer's
-    file and no flags file, which only this project writes.
+    A set without a state file, of the published code or of an early version of this one, counts
+    if it has an optimizer's file, and no save of ours was cut short in it.
     """
     names = set(checkpoints.names_in(folder))
     for step in steps_among(names):
-        state = {checkpoints.model_name(step), checkpoints.state_name(step)} <= names
-        published = {checkpoints.model_name(step), checkpoints.opt_name(step)} <= names
-        published &= checkpoints.flags_path(checkpoints.model_name(step)) not in names
-        if is_complete(folder, step) if state else published:
+        if checkpoints.state_name(step) in names:
+            found = is_complete(folder, step)
+        else:
+            found = checkpoints.opt_name(step) in names and not _is_cut_short(folder, step, names)
+        if found:
             return checkpoints.join(folder, checkpoints.model_name(step))
     return None
+
+
+def _is_cut_short(folder: str, step: int, names: Iterable[str]) -> bool:
+    """Tell whether a save of this project began a set without a state and did not end it."""
+    if checkpoints.is_remote(folder):  # no temporary files there
+        return checkpoints.flags_path(checkpoints.model_name(step)) in names
+    return any(name.startswith(f"{checkpoints.state_name(step)}.tmp") for name in names)
 
 
 def steps_among(names: Iterable[str]) -> list[int]:
@@ -137,9 +145,12 @@ def beside(path: str, name: str) -> str:
 class SetWriter:
     """Writes the files of one set from rank 0; the other ranks call along and write nothing.
 
+    From its first file to its last the set has a temporary state file, by which a later reader
+    knows a save that was cut short. After an error, its files are taken back.
+
     Args:
         folder: where to.
-        step: the number of updates taken.
+        step: the number of steps done.
         flags: what to write beside each file of weights; {} for no such files.
     """
 
@@ -149,8 +160,20 @@ class SetWriter:
         if dist_util.is_main():
             checkpoints.make_folder(folder)
             remove_leftovers(folder)  # before anything is written: the disk may be tight
+            state = self.path(checkpoints.state_name(step))
+            if not checkpoints.is_remote(folder):
+                checkpoints.touch(checkpoints.temporary_name(state))
             # An older set of the same number ends here, before its first file is replaced.
-            checkpoints.remove(self.path(checkpoints.state_name(step)))
+            checkpoints.remove(state)
+
+    def __enter__(self) -> SetWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None and dist_util.is_main():
+            with suppress(OSError):
+                remove_set(self.folder, self.step)
+                remove_leftovers(self.folder)
 
     def path(self, name: str) -> str:
         """Return the path of one of the set's files."""
@@ -169,7 +192,7 @@ class SetWriter:
             self.sizes[name] = checkpoints.size_of(self.path(name))
 
     def complete(self, state: dict[str, Any]) -> None:
-        """Write the state file, which makes the set complete."""
+        """Write the state file, which makes the set complete; again to replace it."""
         whole = state | {"format": STATE_FORMAT, "files": self.sizes}
         if dist_util.is_main():
             checkpoints.save(self.path(checkpoints.state_name(self.step)), whole)
@@ -229,29 +252,36 @@ def _lock(folder: str) -> int | None:
 def prune(folder: str, keep: int, newest: int) -> list[int]:
     """Delete the sets before step `newest` but for the last `keep`, that one included.
 
-    Of ours those that a kill has cut short go, too. Sets of the published code, without flags and
-    state, and later ones, of another run, are not touched.
+    Sets without a state file, of the published code for example, and later ones, of another run,
+    are not touched.
 
     Returns:
-        the steps of the complete sets that were deleted.
+        the steps of the sets that were deleted.
     """
-    names = set(checkpoints.names_in(folder))
-    complete, cut_short = [], []
-    for step in (step for step in steps_among(names) if step <= newest):
-        if checkpoints.state_name(step) in names:
-            complete.append(step)
-        elif checkpoints.flags_path(checkpoints.model_name(step)) in names:
-            cut_short.append(step)
-    for step in complete[keep:] + cut_short:
-        checkpoints.remove(checkpoints.join(folder, checkpoints.state_name(step)))
-        of_set = re.compile(rf"(model|opt|ema_.+_){step:06d}\.(pt|json)")
-        for name in filter(of_set.fullmatch, names):
-            checkpoints.remove(checkpoints.join(folder, name))
-    return complete[keep:]
+    names = checkpoints.names_in(folder)
+    ours = [step for step in steps_among(names) if checkpoints.state_name(step) in names]
+    old = [step for step in ours if step <= newest][keep:]
+    for step in old:
+        remove_set(folder, step)
+    return old
+
+
+def remove_set(folder: str, step: int) -> None:
+    """Delete the files of a set, the state first."""
+    checkpoints.remove(checkpoints.join(folder, checkpoints.state_name(step)))
+    of_set = re.compile(rf"(model|opt|ema_.+_){step:06d}\.(pt|json)")
+    for name in filter(of_set.fullmatch, checkpoints.names_in(folder)):
+        checkpoints.remove(checkpoints.join(folder, name))
 
 
 def remove_leftovers(folder: str) -> None:
-    """Delete the temporary files that a killed run has left in a local folder."""
-    if not checkpoints.is_remote(folder):
-        for name in filter(TEMPORARY.fullmatch, checkpoints.names_in(folder)):
-            checkpoints.remove(checkpoints.join(folder, name))
+    """Delete what a killed run has left in a local folder: its unfinished set, temporary files."""
+    if checkpoints.is_remote(folder):
+        return
+    names = checkpoints.names_in(folder)
+    for step in steps_among(names):
+        has_state = checkpoints.state_name(step) in names
+        if not has_state and _is_cut_short(folder, step, names):
+            remove_set(folder, step)
+    for name in filter(TEMPORARY.fullmatch, names):
+        checkpoints.remove(checkpoints.join(folder, name))

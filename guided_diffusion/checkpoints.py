@@ -1,7 +1,7 @@
 """Checkpoint files: their names, their atomic writing, and the flags beside them.
 
 A training run leaves `modelNNNNNN.pt`, `ema_RATE_NNNNNN.pt`, `optNNNNNN.pt` and, last of each set,
-`stateNNNNNN.pt`, where NNNNNN is the number of optimizer updates taken, and a file `X.json` with
+`stateNNNNNN.pt`, where NNNNNN is the number of steps done, and a file `X.json` with
 the flags of the network and the process beside every `X.pt` that holds weights. Importing this
 module imports no torch, so that flags can be checked at once.
 """
@@ -30,17 +30,17 @@ CLASSES, CLASS_COUNTS = "classes.txt", "classes.csv"
 
 
 def model_name(step: int) -> str:
-    """Return the file name of the weights after `step` updates."""
+    """Return the file name of the weights after `step` steps."""
     return f"model{step:06d}.pt"
 
 
 def ema_name(rate: float | str, step: int) -> str:
-    """Return the file name of the weight average with `rate` after `step` updates."""
+    """Return the file name of the weight average with `rate` after `step` steps."""
     return f"ema_{rate}_{step:06d}.pt"
 
 
 def opt_name(step: int) -> str:
-    """Return the file name of the optimizer's state after `step` updates."""
+    """Return the file name of the optimizer's state after `step` steps."""
     return f"opt{step:06d}.pt"
 
 
@@ -50,7 +50,7 @@ def state_name(step: int) -> str:
 
 
 def step_of(filename: str) -> int:
-    """Return NNNNNN of `path/to/modelNNNNNN.pt`, and 0 for any other name."""
+    """Return NNNNNN of `path/to/modelNNNNNN.pt`, and 0 where there is no such number."""
     match = re.fullmatch(r".*model(\d+)\.pt", os.path.basename(filename))
     return int(match.group(1)) if match else 0
 
@@ -118,6 +118,11 @@ def _remote(name: str, path: str, *arguments: Any) -> Any:
         ) from error
 
 
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a local or remote file as `write_file` does."""
+    write_file(path, lambda file: file.write(content))
+
+
 def write_file(path: str, write: Callable[[Any], None]) -> None:
     """Write a file so that `path` never holds half of it, even if the machine loses its power.
 
@@ -135,6 +140,17 @@ def write_file(path: str, write: Callable[[Any], None]) -> None:
             f"{path} cannot be written ({_why(error, path)}): make room there, or choose another "
             "--log_dir; what was there before is as it was"
         ) from error
+
+
+def temporary_name(path: str) -> str:
+    """Return the name under which this process writes a file before it gets its own."""
+    return f"{path}.tmp{os.getpid()}"
+
+
+def touch(path: str) -> None:
+    """Make an empty local file."""
+    with open(path, "wb"):
+        pass
 
 
 def _why(error: Exception, path: str) -> str:
@@ -156,7 +172,7 @@ def _write_remote(path: str, write: Callable[[Any], None]) -> None:
 
 
 def _write_local(path: str, write: Callable[[Any], None]) -> None:
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -190,7 +206,7 @@ def save(path: str, state: Any) -> None:
 def save_flags(path: str, flags: dict[str, Any]) -> None:
     """Write the flags file of checkpoint `path`."""
     text = json.dumps(flags, indent=1, sort_keys=True) + "\n"
-    write_file(flags_path(path), lambda file: file.write(text.encode()))
+    write_bytes(flags_path(path), text.encode())
 
 
 def load_flags(path: str) -> dict[str, Any]:

@@ -51,12 +51,14 @@ class RunConfig:
         "", "cpu, cuda, cuda:N or mps (default: cuda if there is one, else cpu)", check=device_name
     )
     seed: int = flag(
-        -1, "seed of all random draws (-1: drawn and printed)", check=between(-1, 2**62)
+        -1,
+        "seed of all random draws (-1: drawn and printed, or that of the resumed run)",
+        check=between(-1, 2**62),
     )
     use_bf16: bool = flag(False, "compute in bfloat16 autocast; weights stay float32")
     dist_timeout: float = flag(
         1800.0,
-        "seconds after which a rank that waits for another gives up",
+        "seconds after which a rank that waits for another gives up: more than a save takes",
         check=above(0, most=1e7),
     )
 
@@ -124,7 +126,7 @@ class KeepConfig:
     save_interval: int = flag(10000, "steps between two checkpoints", check=count(10**9))
     keep_checkpoints: int = flag(0, "sets of checkpoints to keep (0: all)", check=at_least(0))
     resume_checkpoint: str = flag(
-        "", "from where to go on: modelNNNNNN.pt, a folder, or auto (--log_dir)",
+        "", "from where to go on: modelNNNNNN.pt, a folder, or auto (the newest set of this run)",
         check=checkpoint_source,
     )  # fmt: skip
     init_from: str = flag(
@@ -144,7 +146,7 @@ class TrainConfig:
         1e-3, "how much log2 of the fp16 loss scale grows in a step", check=between(0, 10)
     )
     sample_interval: int = flag(
-        0, "steps between two pictures of samples of the EMA (0: none)", check=at_least(0)
+        0, "steps between two pictures of samples of the first EMA (0: none)", check=at_least(0)
     )
 
 
@@ -331,6 +333,8 @@ def find_conflict(flags: dict[str, Any]) -> str | None:
             return f"--use_bf16 True and --{fp16} True exclude each other: give one of them"
         if get("shard_params") and get(fp16):
             return f"--shard_params True does not work with --{fp16} True: use --use_bf16 True"
+    if get("labels", "filename") != "filename" and get("class_cond") is False:
+        return f"--labels {get('labels')} needs --class_cond True: give both, or leave it out"
     if get("label_dropout") and not get("class_cond"):
         return f"--label_dropout {get('label_dropout')} needs labels: give --class_cond True too"
     if get("classifier_scale") and get("classifier_path") == "":

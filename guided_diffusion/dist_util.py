@@ -22,7 +22,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from . import heartbeat
-from .heartbeat import explain as explain  # looked for in this module
 from .heartbeat import stage as stage
 from .heartbeat import waiting
 from .launchers import (
@@ -318,18 +317,18 @@ def all_gather_objects(value: Any) -> list[Any]:
     return box
 
 
-def any_rank(*facts: bool) -> tuple[bool, ...]:
-    """Tell for each fact whether it is true on some rank. All ranks call this."""
+def any_rank(fact: bool) -> bool:
+    """Tell whether something is true on some rank. All ranks call this."""
     import torch
     import torch.distributed as dist
 
-    if _is_alone() or not facts:
-        return tuple(map(bool, facts))
+    if _is_alone():
+        return bool(fact)
     device = dev() if dist.get_backend() == "nccl" else None
-    flags = torch.tensor([bool(fact) for fact in facts], dtype=torch.uint8, device=device)
+    flag = torch.tensor(bool(fact), dtype=torch.uint8, device=device)
     with waiting("agreeing with the other ranks"):
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return tuple(map(bool, flags.tolist()))  # with nccl it is here that the rank waits
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())  # with nccl it is here that the rank waits
 
 
 def describe_ranks() -> list[str]:

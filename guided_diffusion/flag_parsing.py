@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 from typing import Any
 
-from .dist_util import explain
 from .flag_checks import PATHS, Check, str2bool
+from .heartbeat import explain
 from .launchers import read_launch
 
 

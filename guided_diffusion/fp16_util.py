@@ -199,8 +199,7 @@ class MixedPrecisionTrainer:
             scale = 2**self.lg_loss_scale
         norms = self._measure_norms(scale)
         if check_overflow(norms["grad_norm"]):
-            self.skip()
-            return False
+            return self.skip()
         self.metrics = norms | self._scale_metric()
         self._rescale_grads(1.0 / scale, norms["grad_norm"])
         opt.step()
@@ -211,13 +210,14 @@ class MixedPrecisionTrainer:
             self.lg_loss_scale = min(grown, MAX_LOG_LOSS_SCALE)
         return True
 
-    def skip(self) -> None:
-        """Forget the gradients at hand; under fp16 the loss scale is halved, down to its floor."""
+    def skip(self) -> bool:
+        """Forget the gradients at hand, under fp16 halve the loss scale, and return False."""
         self.metrics = self._scale_metric()
         if self.use_fp16:
             floor = min(MIN_LOG_LOSS_SCALE, self.lg_loss_scale)
             self.lg_loss_scale = max(floor, self.lg_loss_scale - 1)
             zero_master_grads(self.master_params)
+        return False
 
     @contextmanager
     def showing(self, values: Sequence[Tensor]) -> Iterator[None]:

@@ -84,6 +84,7 @@ def load_data(
     skip_bad_images: bool = False,
     label_dropout: float = 0.0,
     prepare: Callable[[Tensor, dict[str, Tensor]], Batch] | None = None,
+    ranks: tuple[int, int] | None = None,
 ) -> ImageStream:
     """Check a source of images, then return an iterator over batches of them.
 
@@ -108,10 +109,11 @@ def load_data(
         flag: Whom errors about data_dir name.
         seed: Of order, crops, flips and label dropout; None draws one from torch's generator.
         labels: "filename", "folder", or the path of a .json or .csv file.
-        skip_bad_images: Put the next good image in the place of a broken one.
+        skip_bad_images: Put the next good image in the place of a broken one; with `once`, none.
         label_dropout: Share of the labels that become num_classes. So trained, one network serves
             both parts of classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598).
         prepare: Called on each batch in the worker; returns the batch to hand out.
+        ranks: Rank and number of ranks to read for, by default those of the job.
 
     Raises:
         ValueError: The data is missing or empty, or its classes do not fit. A broken image raises
@@ -140,9 +142,10 @@ def load_data(
         label_dropout=label_dropout,
         null_class=num_classes,
         skip_bad_images=skip_bad_images,
+        once=once,
         prepare=prepare,
     )
-    world_size = dist_util.get_world_size()
+    rank, world_size = ranks or (dist_util.get_rank(), dist_util.get_world_size())
     if once:
         plan = partial(single_pass, len(source))
     else:
@@ -154,7 +157,7 @@ def load_data(
             )
     return ImageStream(
         batches,
-        partial(plan, batch_size, dist_util.get_rank(), world_size),
+        partial(plan, batch_size, rank, world_size),
         batch_size * world_size,
         default_num_workers(world_size) if num_workers is None else num_workers,
         report,
@@ -182,7 +185,8 @@ def default_num_workers(world_size: int) -> int:
     """
     bound = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     told = [int(os.environ[name]) for name in LOCAL_SIZES if os.environ.get(name, "").isdigit()]
-    return min(MAX_WORKERS, max(1, len(bound) // max(1, *told[:1], world_size * (not told))))
+    num_local = min(told[0], world_size) if told else world_size
+    return min(MAX_WORKERS, max(1, len(bound) // max(1, num_local)))
 
 
 def describe(
@@ -229,11 +233,6 @@ class ImageStream(Iterator):
         _streams.add(self)
 
     @property
-    def num_bad(self) -> int:
-        """Number of broken images skipped so far by this rank."""
-        return len(self._bad)
-
-    @property
     def bad_images(self) -> frozenset[str]:
         """The broken images skipped so far by this rank."""
         return frozenset(self._bad)
@@ -265,7 +264,7 @@ class ImageStream(Iterator):
         images, cond, bad = item
         self.position += self._step
         self._tell(bad)
-        return images, cond
+        return (images, cond) if images is not None else next(self)
 
     def _next_item(self) -> tuple | list | ValueError:
         try:
@@ -335,6 +334,7 @@ class _Batches(Dataset):
     label_dropout: float
     null_class: int | None
     skip_bad_images: bool
+    once: bool
     prepare: Callable[[Tensor, dict[str, Tensor]], Batch] | None
     known_bad: dict[int, str] = field(default_factory=dict)
 
@@ -343,11 +343,13 @@ class _Batches(Dataset):
         # Returned and not raised: torch would wrap what a worker raises into its traceback.
         try:
             for number, entry in picks:
-                image, entry = self._read_good(entry, bad)
-                arrays.append(self._to_array(image, number))
-                entries.append(entry)
+                for image, good in self._read_good(entry, bad):
+                    arrays.append(self._to_array(image, number))
+                    entries.append(good)
         except ValueError as error:
             return ValueError(str(error))
+        if not arrays:
+            return None, {}, list(bad.items())
         images = torch.from_numpy(np.stack(arrays))  # [N, C, H, W]
         cond = {} if self.numbers is None else {"y": self._labels(picks, entries)}
         if self.prepare is not None:
@@ -366,19 +368,22 @@ class _Batches(Dataset):
         draws = streams.uniform(self.seed, [number for number, _ in picks], streams.DROP_LABEL)
         return y.masked_fill(torch.from_numpy(draws < self.label_dropout), self.null_class)
 
-    def _read_good(self, entry: int, bad: dict[str, str]) -> tuple[Image.Image, int]:
+    def _read_good(self, entry: int, bad: dict[str, str]) -> list[tuple[Image.Image, int]]:
         """Return an entry's image, or the first good one after it, with the entry it is.
 
-        Note the paths that are passed over, and why, in `bad`.
+        In a single pass, which shows each image once, nothing stands for a broken one. Note the
+        paths that are passed over, and why, in `bad`.
         """
-        for _ in range(len(self.source)):
+        for _ in range(1 if self.once else len(self.source)):
             try:
-                return self._read(entry), entry
+                return [(self._read(entry), entry)]
             except BadImage as error:
                 if not self.skip_bad_images:
                     raise ValueError(f"{error}, or give --skip_bad_images True") from None
                 self.known_bad[entry] = bad[error.path] = error.reason
             entry = (entry + 1) % len(self.source)
+        if self.once:
+            return []
         raise ValueError(
             f"{self.source.flag} {self.source.data_dir!r} holds {len(self.source)} images, and "
             f"none can be read, such as {next(iter(bad))!r}"

@@ -78,7 +78,8 @@ class CSVOutput(Output):
             file.seek(0)
             text = file.read()
             whole_rows = text[: text.rfind("\n") + 1]  # a killed run may leave half a row
-            file.truncate(len(whole_rows.encode(errors="surrogateescape")))
+            if len(whole_rows) < len(text):
+                file.truncate(len(whole_rows.encode(errors="surrogateescape")))
         self.columns = next(csv.reader(io.StringIO(whole_rows.replace("\0", ""))), [])
 
     def write_kvs(self, kvs: Mapping[str, Any]) -> None:
@@ -161,8 +162,10 @@ class TensorBoardOutput(Output):
         """Add a point to each curve."""
         self.num_dumps += 1
         for key, value in kvs.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(key, value, int(kvs.get("step", self.num_dumps)))
+            add = self.writer.add_scalar
+            if not isinstance(value, int | float):
+                add, value = self.writer.add_text, str(value)
+            add(key, value, int(kvs.get("step", self.num_dumps)))
         self.writer.flush()
 
     def drop_rows_after(self, step: int) -> None:

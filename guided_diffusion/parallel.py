@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +35,7 @@ class Parallel:
     Attributes:
         model: what to call in training.
         use_ddp: whether that is a DistributedDataParallel.
+        is_sharded: whether each rank holds but a part of it.
     """
 
     def __init__(self, model: nn.Module):
@@ -51,7 +53,11 @@ class Parallel:
         """
         return nullcontext() if is_last or not self.use_ddp else self.model.no_sync()
 
-    def settle(self, backward: Callable[[], None]) -> None:
+    def precision(self, use_bf16: bool) -> AbstractContextManager:
+        """Return bfloat16 autocast; a sharded network must not stay whole in its cache."""
+        return dist_util.precision(use_bf16, cache=not self.is_sharded)
+
+    def settle(self, backward: Callable[[], Any]) -> None:
         """Before the first step of a process, run a backward pass whose gradients are thrown away.
 
         In it DDP learns the order in which gradients arrive, and regroups its buckets by it. The

@@ -26,11 +26,18 @@ def log_losses(num_timesteps: int, t: Tensor, losses: dict[str, Tensor]) -> None
             logger.logkv_mean(f"{name}_q{quarter}", value)
 
 
-def progress_bar(total_images: int, seen: int) -> tqdm:
-    """Return the progress bar of a run on rank 0; without an end if `total_images` is 0."""
+def progress_bar(total_steps: int, step: int, images: int, global_batch: int) -> tqdm:
+    """Return the progress bar of a run, in images, on rank 0.
+
+    Args:
+        total_steps: where the run ends; 0 for never.
+        step: steps done.
+        images: images seen by then.
+        global_batch: images in a step from here on.
+    """
     return tqdm(
-        total=total_images or None,
-        initial=seen,
+        total=images + (total_steps - step) * global_batch if total_steps else None,
+        initial=images,
         unit="img",
         unit_scale=True,
         desc="training",
@@ -43,21 +50,19 @@ class Pace:
 
     Args:
         total_steps: where the run ends; 0 for never.
+        step: steps done, where the clock starts.
+        images: images seen by then.
     """
 
-    def __init__(self, total_steps: int):
+    def __init__(self, total_steps: int, step: int, images: int):
         self.total_steps = total_steps
-        self._restart(0, 0)
-
-    def start(self, step: int, images: int) -> None:
-        """Begin to measure at this place of the run."""
-        self._restart(step, images)
+        self._step, self._images, self._since = step, images, time.monotonic()
 
     def measure(self, step: int, images: int) -> dict[str, float | str]:
         """Return what to log about the steps since the last call, and measure from here on.
 
         Args:
-            step: updates taken by now.
+            step: steps done by now.
             images: images seen by all ranks by now.
 
         Returns:
@@ -73,11 +78,8 @@ class Pace:
         }
         if self.total_steps:
             measured["time_left"] = as_clock((self.total_steps - step) * seconds / steps)
-        self._restart(step, images)
-        return measured
-
-    def _restart(self, step: int, images: int) -> None:
         self._step, self._images, self._since = step, images, time.monotonic()
+        return measured
 
 
 def as_clock(seconds: float) -> str:

@@ -46,14 +46,6 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from blocks if isinstance(blocks, nn.ModuleList) else [blocks]
 
 
-def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Let the next backward passes average gradients over the ranks, or not yet.
-
-    What is not exchanged is kept whole on each rank, and joins the next exchange.
-    """
-    model.set_requires_gradient_sync(on)
-
-
 def is_sharded(tensor: Any) -> bool:
     """Tell whether this is a tensor of which each rank holds a part."""
     return hasattr(tensor, "full_tensor")

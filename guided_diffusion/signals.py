@@ -15,8 +15,8 @@ ASKING = tuple(
 class StopSignals:
     """Within the block, SIGINT, SIGTERM and SIGUSR1 are kept instead of obeyed.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, where Python handles no signals,
-    the block changes nothing.
+    Once one has come, Ctrl-C interrupts at once. Outside the main thread, where Python handles no
+    signals, the block changes nothing.
 
     Attributes:
         received: the name of the first signal, None before it.

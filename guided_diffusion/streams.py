@@ -18,7 +18,7 @@ ORDER = 3  # of an epoch (index = epoch): the order of its images
 AUGMENT, DROP_LABEL = 4, 5  # of a training image: its crop and flip, its label's fate
 TIMESTEP, TRAIN_NOISE = 6, 7  # of a training image: t, and the noise in x_t
 VAL_TIMESTEP, VAL_NOISE = 8, 9  # of a validation image: the same
-START = 10  # of a run (index 0): initial weights; of a rank (index = rank): dropout
+START = 10  # of a rank at a place in the run: dropout; see train_state.seed_rank
 SAMPLE = 11  # of an image drawn while training
 
 

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import csv
 import io
-from functools import partial
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import checkpoint_sets, checkpoints, dist_util, logger, sharding
+from .checkpoint_sets import has_set
 from .fp16_util import MixedPrecisionTrainer
 from .resample import ScheduleSampler
 from .train_state import TrainState
 
-MOST_SHOWN = 4  # tensors that --init_from left out
+MOST_SHOWN = 4  # tensors that --init_from left out, or images that could not be read
 SETTLED = 0.05  # the share of its beginning that an average may still hold to be sampled from
 
 
@@ -52,7 +53,7 @@ def load_optimizer(opt: Optimizer, resume: str) -> None:
     if not resume:
         return
     path = checkpoint_sets.beside(resume, checkpoints.opt_name(checkpoints.step_of(resume)))
-    if not checkpoint_sets.has_set(resume):
+    if not has_set(resume):
         logger.log(f"optimizer: cold, {resume} is no modelNNNNNN.pt that others belong to")
         return
     if not _all_have(path):
@@ -74,25 +75,52 @@ def load_optimizer(opt: Optimizer, resume: str) -> None:
             f"{path} is no optimizer state of this network: give the --use_fp16 and the model "
             "flags it was written with, or move it away to start the optimizer cold"
         )
-    logger.log(f"optimizer: from {path}, with its learning rate {lr:g} and weight decay {decay:g}")
+    logger.log(
+        f"optimizer: from {path}, with its learning rate {lr:g} (unless it is annealed) and weight "
+        f"decay {decay:g}"
+    )
 
 
-def load_ema(trainer: MixedPrecisionTrainer, path: str | None, rate: float) -> list[Tensor] | None:
-    """Return the weight average of a file as tensors like the masters; None if it is cold.
+def load_averages(
+    trainer: MixedPrecisionTrainer, rates: list[float], resume: str, state: TrainState
+) -> list[list[Tensor]]:
+    """Return the weight average of each rate: the saved one, else the present weights.
 
     Args:
-        trainer: holds the network and the masters.
-        path: the file, or None if there is none.
-        rate: of the average, for the log.
+        trainer: holds the network and the masters, like which the averages are.
+        rates: of the averages.
+        resume: the weights file to go on from, or "".
+        state: is told at which step each average began.
     """
-    path = dist_util.broadcast_object(path)  # all ranks do the same
-    if path is None:
-        return None
+    averages = []
+    for rate in rates:
+        path = find_ema_checkpoint(resume, state.step, rate) if has_set(resume) else None
+        path = dist_util.broadcast_object(path)  # all ranks do the same
+        if path is not None:
+            logger.log(f"EMA {rate}: from {path}")
+            state.ema_began.setdefault(str(rate), 0)
+            averages.append(_read_average(trainer, path))
+            continue
+        if resume:
+            logger.log(f"EMA {rate}: cold, starts from the weights, as its file is not there")
+        state.ema_began[str(rate)] = state.step
+        averages.append(deepcopy(trainer.master_params))
+    return averages
+
+
+def _read_average(trainer: MixedPrecisionTrainer, path: str) -> list[Tensor]:
+    """Read a file of weights as tensors like the masters."""
     weights = checkpoints.read_weights(trainer.model, path)
-    logger.log(f"EMA {rate}: from {path}")
-    masters = trainer.state_dict_to_master_params(weights)
-    pairs = zip(masters, trainer.master_params, strict=True)
+    pairs = zip(trainer.state_dict_to_master_params(weights), trainer.master_params, strict=True)
     return [sharding.like(mine.detach().to(p.device, p.dtype), p) for mine, p in pairs]
+
+
+def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
+    """Return the EMA file that belongs to a model file, or None if there is none."""
+    if not main_checkpoint:
+        return None
+    path = checkpoint_sets.beside(main_checkpoint, checkpoints.ema_name(rate, step))
+    return path if checkpoints.exists(path) else None
 
 
 def load_state(
@@ -110,8 +138,8 @@ def load_state(
     if not dist_util.broadcast_object(saved is not None):
         if resume:
             logger.log(
-                f"state: cold, there is no {path}: order of the images, random numbers, loss "
-                "scale and timestep sampler begin anew"
+                f"state: cold, there is no {path}: seed, loss scale and timestep sampler begin "
+                f"anew; the run goes on with image {fallback.images:,}, by steps and batch size"
             )
         return fallback, []
     if saved is None:
@@ -140,20 +168,30 @@ def describe_parts(state: TrainState, data: Any, sampler: Any) -> None:
 
 def compare_data(state: TrainState, data: Any) -> None:
     """Warn if the data of a resumed run is not what it began with: its order is another then."""
-    for name, what in (("num_entries", "images"), ("data_seed", "the seed")):
-        before, now = getattr(state, name), getattr(data, name.removeprefix("data_"), None)
-        if before is not None and now is not None and before != now:
-            logger.warn(
-                f"the run began with {before} as {what}, now {now}: another order of images"
-            )
+    pairs = {
+        "number of images": (state.num_entries, getattr(data, "num_entries", None)),
+        "seed of the order": (state.data_seed, getattr(data, "seed", None)),
+    }
+    for what, (before, now) in pairs.items():
+        if None not in (before, now) and before != now:
+            logger.warn(f"{what}: {before} when the run began, {now} now; another order of images")
 
 
-def tell_bad_images(data: Any) -> None:
-    """Log how many images were skipped on all ranks. All ranks call this."""
-    everyone = dist_util.all_gather_objects(sorted(getattr(data, "bad_images", ())))
-    bad = {path for paths in everyone for path in paths}
-    if bad:
-        logger.log(f"skipped images, which could not be read: {len(bad)}")
+def count_bad_images(state: TrainState, data: Any) -> None:
+    """Bring the list of skipped images up to date, over all ranks; log their number if any."""
+    if hasattr(data, "bad_images"):
+        everyone = dist_util.all_gather_objects(sorted(data.bad_images))
+        state.bad_images = sorted(set(state.bad_images).union(*everyone))
+        if state.bad_images:
+            logger.logkv("bad_images", len(state.bad_images))
+
+
+def tell_bad_images(state: TrainState) -> None:
+    """Log which images were skipped."""
+    if state.bad_images:
+        shown = ", ".join(state.bad_images[:MOST_SHOWN])
+        more = ", ..." if len(state.bad_images) > MOST_SHOWN else ""
+        logger.log(f"{len(state.bad_images)} skipped, could not be read: {shown}{more}")
 
 
 def _teach(sampler: Any, learnt: dict[str, Any]) -> bool:
@@ -179,7 +217,7 @@ def save_set(
     flags: dict[str, Any],
     classes: dict[str, int] | None = None,
     keep: int = 0,
-) -> None:
+) -> checkpoint_sets.SetWriter:
     """Write a set of checkpoint files, the state last. All ranks call this, rank 0 writes.
 
     Args:
@@ -193,25 +231,31 @@ def save_set(
             beside the set; or None.
         keep: how many sets to keep, this one included; 0 for all.
 
+    Returns:
+        what can write the state anew.
+
     Raises:
         ValueError: if a weight is not finite; nothing is written then.
         OSError: if a file cannot be written; what was complete before stays complete.
     """
     _check_finite(state.step, trainer.master_params, *averages.values())
     state.lg_loss_scale = trainer.lg_loss_scale if trainer.use_fp16 else None
-    writer = checkpoint_sets.SetWriter(folder, state.step, flags)
     named = {checkpoints.model_name(state.step): trainer.master_params}
     named |= {checkpoints.ema_name(rate, state.step): ema for rate, ema in averages.items()}
-    for name, masters in named.items():
-        weights = trainer.master_params_to_state_dict(masters)
-        writer.weights(name, sharding.gather(weights))
-    writer.save(checkpoints.opt_name(state.step), sharding.optimizer_state(opt))
-    if classes and dist_util.is_main():
-        _save_classes(folder, classes)
-    writer.complete(state.to_dict())
-    if dist_util.is_main():
-        _tidy(folder, keep, state.step)
+    with checkpoint_sets.SetWriter(folder, state.step, flags) as writer:
+        for name, masters in named.items():
+            weights = trainer.master_params_to_state_dict(masters)
+            writer.weights(name, sharding.gather(weights))
+        writer.save(checkpoints.opt_name(state.step), sharding.optimizer_state(opt))
+        if classes and dist_util.is_main():
+            _save_classes(folder, classes)
+        writer.complete(state.to_dict())
+    if dist_util.is_main() and keep:
+        gone = checkpoint_sets.prune(folder, keep, newest=state.step)
+        if gone:
+            logger.log(f"deleted the sets of step {', '.join(map(str, gone))}")
     dist_util.barrier()
+    return writer
 
 
 def _save_classes(folder: str, classes: dict[str, int]) -> None:
@@ -222,20 +266,8 @@ def _save_classes(folder: str, classes: dict[str, int]) -> None:
     texts = {checkpoints.CLASSES: "".join(f"{name}\n" for name in classes)}
     texts[checkpoints.CLASS_COUNTS] = table.getvalue()
     for name, text in texts.items():
-        path, content = checkpoints.join(folder, name), text.encode(errors="surrogateescape")
-        checkpoints.write_file(path, partial(_write, content))
-
-
-def _write(content: bytes, file: Any) -> None:
-    file.write(content)
-
-
-def _tidy(folder: str, keep: int, step: int) -> None:
-    """Delete what killed runs have left behind, and the sets that are not to be kept."""
-    checkpoint_sets.remove_leftovers(folder)
-    gone = checkpoint_sets.prune(folder, keep, newest=step) if keep else []
-    if gone:
-        logger.log(f"deleted the sets of step {', '.join(map(str, gone))}")
+        content = text.encode(errors="surrogateescape")
+        checkpoints.write_bytes(checkpoints.join(folder, name), content)
 
 
 def check_classes(resume: str, names: list[str] | None) -> None:
@@ -257,7 +289,7 @@ def _check_finite(step: int, *groups: list[Tensor]) -> None:
     """Raise a ValueError on all ranks if a weight of any of them is not finite."""
     local = [t.to_local() if sharding.is_sharded(t) else t for group in groups for t in group]
     broken = not all(bool(tensor.isfinite().all()) for tensor in local)
-    if dist_util.any_rank(broken)[0]:
+    if dist_util.any_rank(broken):
         raise ValueError(
             f"after step {step} some weights are not finite: they are not saved; go on from an "
             "earlier checkpoint with a lower --lr, or with --grad_clip 1"

@@ -22,10 +22,10 @@ from .launchers import first_line
 
 @dataclass
 class TrainState:
-    """The counters of a run. All ranks hold the same.
+    """The counters of a run. All ranks hold the same, but for last_row, which rank 0 knows.
 
     Attributes:
-        step: updates taken.
+        step: steps done, those that were skipped included.
         images: images seen by all ranks, which is the number of the next one.
         val_images: validation images seen, batch by batch.
         seed: of the run.
@@ -37,6 +37,7 @@ class TrainState:
         sampler: what a loss-aware timestep sampler has learnt.
         num_entries: how many images the data has; None if that is not known.
         data_seed: of the order of the images; None likewise.
+        bad_images: images that could not be read and were skipped.
     """
 
     step: int = 0
@@ -51,6 +52,7 @@ class TrainState:
     sampler: dict[str, Any] = field(default_factory=dict)
     num_entries: int | None = None
     data_seed: int | None = None
+    bad_images: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the state file, together with what each rank keeps for itself.
@@ -99,8 +101,9 @@ class TrainState:
 
 def _is_sound(value: Any, kind: Any) -> bool:
     """Tell whether a value from a file is of an annotated kind, and numbers are in range."""
-    if "dict" in str(kind):
-        return isinstance(value, dict)
+    for container in (dict, list):
+        if str(kind).startswith(container.__name__):
+            return isinstance(value, container)
     if "float" in str(kind):
         return isinstance(value, int | float) and abs(value) < 1000
     return isinstance(value, int) and -1 <= value < 2**63

@@ -9,7 +9,6 @@ which is stopped and goes on is the run that was never stopped.
 import math
 import os
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -25,8 +24,9 @@ from .parallel import Parallel, shard_or_move
 from .reporting import Pace, log_losses, progress_bar
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler, sample_timesteps
 from .signals import StopSignals
+from .train_files import find_ema_checkpoint
 from .train_state import TrainState
-from .validation import Validator
+from .validation import Validator, evaluating
 
 __all__ = [
     "INITIAL_LOG_LOSS_SCALE", "TrainLoop", "find_ema_checkpoint", "find_resume_checkpoint",
@@ -64,7 +64,7 @@ class TrainLoop:
         flags: what to write beside every checkpoint of weights.
         loss_fn: the objective; the process's training losses by default.
         val_data: batches to log the same losses for, every `eval_interval` steps; or None.
-        eval_interval: steps between two validation batches.
+        eval_interval: steps between two validation batches; 0 for none.
         val_set: the whole validation set, once; its losses are logged with every checkpoint.
         log_prefix: put before the names of training losses.
         initial_lg_loss_scale: log2 of the fp16 loss scale at the start.
@@ -137,17 +137,13 @@ class TrainLoop:
         self.lr_anneal_steps, self.max_steps = lr_anneal_steps, max_steps
         self.flags = flags or {}
         self.loss_fn = loss_fn or partial(_diffusion_losses, diffusion)
-        self.validator = Validator(
-            self.loss_fn, diffusion.num_timesteps, val_data, val_set, self.microbatch, use_bf16
-        )
         self.max_bad_steps, self.keep_checkpoints = max_bad_steps, keep_checkpoints
         self.classes = classes
         self.preview, self.sample_interval = preview, sample_interval
 
-        self.step = 0  # updates taken by this process
-        self.resume_step = 0  # updates taken before
-        self._is_finite, self._loss = True, "no loss yet"  # of the last batch, over all ranks
-        self._in_use = 0  # images that the present step takes, over all ranks
+        self.step = 0  # steps done by this process, skipped ones included
+        self.resume_step = 0  # steps done before
+        self._is_finite, self._last_loss = True, math.nan  # of the last batch; finite on all ranks
         self._load_weights(init_from, shard_params)
         self.mp_trainer = MixedPrecisionTrainer(
             model=model,
@@ -159,6 +155,14 @@ class TrainLoop:
         self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
         self.ranks = Parallel(model)
         self.ddp_model, self.use_ddp = self.ranks.model, self.ranks.use_ddp
+        self.validator = Validator(
+            self.loss_fn,
+            diffusion.num_timesteps,
+            data=val_data,
+            whole=val_set,
+            microbatch=self.microbatch,
+            precision=partial(self.ranks.precision, use_bf16),
+        )
         self._go_on(seed)
 
     # ---------------------------------------------------------------------------------------
@@ -181,18 +185,20 @@ class TrainLoop:
             step=self.resume_step,
             images=self.resume_step * self.global_batch,
             last_row=self.resume_step - 1,
-            seed=-1 if seed is None else seed,
         )
-        known = (self.resume_checkpoint, self.schedule_sampler, fallback)
-        self.state, ranks = train_files.load_state(*known)
+        self.state, ranks = train_files.load_state(
+            self.resume_checkpoint, self.schedule_sampler, fallback
+        )
         if seed is not None:
             self.state.seed = seed
-        elif self.state.seed < 0:
+        elif self.state is fallback:
             self.state.seed = dist_util.broadcast_object(int(torch.randint(2**62, ())))
-        self.ema_params = [self._load_ema(rate) for rate in self.ema_rate]
+        self.ema_params = train_files.load_averages(
+            self.mp_trainer, self.ema_rate, self.resume_checkpoint, self.state
+        )
         if self.state.lg_loss_scale is not None and self.use_fp16:
             self.mp_trainer.lg_loss_scale = self.state.lg_loss_scale
-        if self.resume_checkpoint and self._updates() < (self.total_steps or math.inf):
+        if self.resume_checkpoint and self._steps_done() < (self.total_steps or math.inf):
             logger.get_current().drop_rows_after(self.state.last_row)
         train_files.go_on_with(self.data, self.state.images)
         train_files.go_on_with(self.validator.data, self.state.val_images)
@@ -203,26 +209,12 @@ class TrainLoop:
             train_state.seed_rank(seed, self.state.images)
         self.noise = streams.NoiseAhead(self.state.seed, streams.TRAIN_NOISE)
 
-    def _load_ema(self, rate: float) -> list[Tensor]:
-        """Return the weight average to go on with: the saved one, else the present weights."""
-        path = None
-        if checkpoint_sets.has_set(self.resume_checkpoint):
-            path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
-        average = train_files.load_ema(self.mp_trainer, path, rate)
-        if average is not None:
-            self.state.ema_began.setdefault(str(rate), 0)
-            return average
-        if self.resume_checkpoint:
-            logger.log(f"EMA {rate}: cold, starts from the weights, as its file is not there")
-        self.state.ema_began[str(rate)] = self.resume_step
-        return deepcopy(self.mp_trainer.master_params)
-
     # ---------------------------------------------------------------------------------------
     # The loop
 
     @property
     def total_steps(self) -> int:
-        """The number of updates at which to stop; 0 for never."""
+        """The step at which to stop; 0 for never."""
         limits = [n for n in (self.max_steps, self.lr_anneal_steps) if n]
         return min(limits, default=0)
 
@@ -230,43 +222,44 @@ class TrainLoop:
         """Train until the last step or until a signal asks to stop, then save."""
         if not self.total_steps:
             logger.log("no --max_steps and no --lr_anneal_steps: training goes on until stopped")
-        elif self._updates() >= self.total_steps:
-            logger.log(f"step {self._updates()} of {self.total_steps}: there is nothing left to do")
+        elif self._steps_done() >= self.total_steps:
+            logger.log(
+                f"step {self._steps_done()} of {self.total_steps}: there is nothing left to do"
+            )
             return
         saved, asked = None, None
-        pace = Pace(self.total_steps)
-        pace.start(self._updates(), self.state.images)
-        bar = progress_bar(self.total_steps * self.global_batch, self.state.images)
-        with StopSignals() as signals, bar:
-            while not asked and (not self.total_steps or self._updates() < self.total_steps):
+        place = (self.total_steps, self._steps_done(), self.state.images)
+        pace = Pace(*place)
+        with StopSignals() as signals, progress_bar(*place, self.global_batch) as bar:
+            while not asked and (not self.total_steps or self._steps_done() < self.total_steps):
                 with dist_util.stage("reading a batch"):
                     batch, cond = next(self.data)
                 self.run_step(batch, cond)
+                self._validate()  # the losses belong to the row of the step just taken
+                self.step += 1
                 self._report(pace)
-                bar.update(self.global_batch)
-                if self._updates() % self.save_interval == 0:
-                    self.validator.log_whole_set(self.model, self.state)
-                    self.save()
-                    saved = self._updates()
+                bar.update(self.state.images - bar.n)
+                if self._steps_done() % self.save_interval == 0:
+                    self._save_and_validate()
+                    saved = self._steps_done()
                 asked = self._asked_to_stop(signals)
-            if self.step and saved != self._updates():
+            if saved != self._steps_done():
                 self.save()
                 if not asked:  # after the save: a run that goes on from here has not seen it
                     self.validator.log_whole_set(self.model, self.state)
         logger.dumpkvs()  # the open row
-        train_files.tell_bad_images(self.data)
+        train_files.tell_bad_images(self.state)
         if asked:
             again = f"--log_dir {logger.get_dir()} --resume_checkpoint auto"
-            logger.log(f"stopped by {asked} after step {self._updates()}; go on with {again}")
+            logger.log(f"stopped by {asked} after step {self._steps_done()}; go on with {again}")
 
     def run_step(self, batch: Tensor, cond: Cond) -> None:
         """Take one optimizer step on a batch [N, C, H, W], unless a loss or gradient overflowed."""
         self._anneal_lr()
         self.forward_backward(batch, cond)
         with dist_util.stage("taking a step"):
-            took_step = self._is_finite and self.mp_trainer.optimize(self.opt)
-        if not self._is_finite:
-            self.mp_trainer.skip()
+            trainer = self.mp_trainer
+            took_step = trainer.optimize(self.opt) if self._is_finite else trainer.skip()
         if took_step:
             self._update_ema()
         self.state.count(took_step, self.max_bad_steps)
@@ -298,27 +291,22 @@ class TrainLoop:
 
     def _draw(self, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Draw timesteps and their weights, [N], and noise like the batch, image by image."""
-        self._advance()
         first = self.state.images + dist_util.get_rank() * len(batch)
+        in_step = dist_util.get_world_size() * len(batch)
+        self.state.images += in_step
         numbers = range(first, first + len(batch))
-        ahead = self._in_use = dist_util.get_world_size() * len(batch)
+        following = range(first + in_step, first + in_step + len(batch))
         uniforms = streams.uniform(self.state.seed, numbers, streams.TIMESTEP)
         t, weights = sample_timesteps(self.schedule_sampler, uniforms, dist_util.dev())
-        following = range(first + ahead, first + ahead + len(batch))
         noise = torch.from_numpy(self.noise.take(numbers, tuple(batch.shape[1:]), following))
         return t, weights, noise.to(batch)
-
-    def _advance(self) -> None:
-        """Count the images of the last batch as seen."""
-        self.state.images += self._in_use
-        self._in_use = 0
 
     def _learn(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor]) -> None:
         """Log the losses [N] of a batch and teach the timestep sampler, if all are finite."""
         finite = all(bool(values.isfinite().all()) for values in losses.values())
+        self._last_loss = losses["loss"].mean()
         with dist_util.stage("comparing losses"):
-            self._is_finite = not dist_util.any_rank(not finite)[0]
-            self._loss = f"loss {losses['loss'].mean():.4g}"
+            self._is_finite = not dist_util.any_rank(not finite)
             if not self._is_finite:
                 return
             if isinstance(self.schedule_sampler, LossAwareSampler):
@@ -331,7 +319,7 @@ class TrainLoop:
         return move(batch), {name: move(value) for name, value in cond.items()}
 
     def _losses(self, x_start: Tensor, t: Tensor, cond: Cond, noise: Tensor) -> dict[str, Tensor]:
-        with dist_util.precision(self.use_bf16, cache=not self.ranks.is_sharded):
+        with self.ranks.precision(self.use_bf16):
             return self.loss_fn(self.ddp_model, x_start, t, cond, noise)
 
     def _update_ema(self) -> None:
@@ -342,17 +330,17 @@ class TrainLoop:
         """Let the learning rate fall linearly to 0 over `lr_anneal_steps`."""
         if not self.lr_anneal_steps:
             return
-        done = self._updates() / self.lr_anneal_steps
+        done = self._steps_done() / self.lr_anneal_steps
         for group in self.opt.param_groups:
             group["lr"] = self.lr * (1 - done)
 
-    def _updates(self) -> int:
+    def _steps_done(self) -> int:
         return self.resume_step + self.step
 
     def _asked_to_stop(self, signals: StopSignals) -> str | None:
         """Return the signal that some rank has received, on all ranks."""
         with dist_util.stage("agreeing to go on"):
-            (asked,) = dist_util.any_rank(signals.received is not None)
+            asked = dist_util.any_rank(signals.received is not None)
         return (signals.received or "a signal to another rank") if asked else None
 
     # ---------------------------------------------------------------------------------------
@@ -360,35 +348,38 @@ class TrainLoop:
 
     def log_step(self) -> None:
         """Log where the run is, and what the optimizer step measured."""
-        self._advance()
-        logger.logkvs({"step": self._updates(), "samples": self.state.images})
+        logger.logkvs({"step": self._steps_done(), "samples": self.state.images})
         logger.logkvs({"skipped": self.state.skipped, "lr": self.opt.param_groups[0]["lr"]})
         for name, value in self.mp_trainer.metrics.items():
             logger.logkv_mean(name, value)
 
-    def _report(self, pace: Pace) -> None:
-        """Close the step: validate, write a row of the log and draw a picture when it is time."""
-        if self.validator.data is not None and self._updates() % self.eval_interval == 0:
+    def _validate(self) -> None:
+        """Log the losses of a validation batch, if it is time."""
+        if self.eval_interval and self._steps_done() % self.eval_interval == 0:
             self.validator.log_batch(self.model, self.state)
-        if self.step == 0:  # at once, since the first row or checkpoint may be far away
-            coming = (self._updates() // self.save_interval + 1) * self.save_interval
-            logger.log(f"step {self._updates()}: {self._loss}; next checkpoint at step {coming}")
-        is_row = self._updates() % self.log_interval == 0
-        self.step += 1
-        self.state.step = self._updates()
-        if is_row:
-            logger.logkvs(pace.measure(self._updates(), self.state.images))
+
+    def _report(self, pace: Pace) -> None:
+        """Write a row of the log and draw a picture, if it is time."""
+        done = self._steps_done()
+        self.state.step = done
+        if self.step == 1:  # at once, since the first row or checkpoint may be far away
+            coming = (done // self.save_interval + 1) * self.save_interval
+            coming = min(coming, self.total_steps or coming)
+            loss = f"loss {self._last_loss:.4g}"
+            logger.log(f"step {done - 1}: {loss}; the next checkpoint after {coming} steps")
+        if (done - 1) % self.log_interval == 0:
+            train_files.count_bad_images(self.state, self.data)
+            logger.logkvs(pace.measure(done, self.state.images))
             logger.dumpkvs()
-        if self.preview and self.sample_interval and self._updates() % self.sample_interval == 0:
+        if self.preview and self.sample_interval and done % self.sample_interval == 0:
             self._draw_preview()
 
     def _draw_preview(self) -> None:
         """Draw with the weights of the first EMA, and leave no trace in the run."""
         weights = self.ema_params[0] if self.ema_params else self.mp_trainer.master_params
-        with self.mp_trainer.showing(weights), train_state.random_kept(), torch.no_grad():
-            self.model.eval()
-            self.preview(self.model, self._updates())
-            self.model.train()
+        kept, precise = train_state.random_kept(), self.ranks.precision(self.use_bf16)
+        with self.mp_trainer.showing(weights), kept, precise, evaluating(self.model):
+            self.preview(self.model, self._steps_done())
 
     # ---------------------------------------------------------------------------------------
     # Saving
@@ -396,18 +387,28 @@ class TrainLoop:
     def save(self) -> None:
         """Write weights, EMAs, optimizer and state; all ranks call this, rank 0 writes."""
         folder = get_blob_logdir()
-        self._advance()
-        self.state.step = self._updates()
+        self.state.step = self._steps_done()
         self.state.last_row = logger.get_current().last_step(self.state.last_row)
+        train_files.count_bad_images(self.state, self.data)
         train_files.describe_parts(self.state, self.data, self.schedule_sampler)
         averages = dict(zip(self.ema_rate, self.ema_params, strict=True))
-        logger.log(f"saving step {self._updates()} to {folder}")
+        logger.log(f"saving step {self._steps_done()} to {folder}")
         with dist_util.stage("saving a checkpoint"):
-            train_files.save_set(
+            self._set = train_files.save_set(
                 folder, self.state, self.mp_trainer, self.opt, averages, self.flags,
                 classes=self.classes, keep=self.keep_checkpoints,
             )  # fmt: skip
         logger.log(train_files.advise(folder, self.state, self.ema_rate))
+
+    def _save_and_validate(self) -> None:
+        """Save, and then, as it may take long or fail, look at the whole validation set.
+
+        What that logs belongs to the next row, and so into the state.
+        """
+        self.save()
+        if self.validator.whole is not None:
+            self.validator.log_whole_set(self.model, self.state)
+            self._set.complete(self.state.to_dict())
 
 
 def _diffusion_losses(
@@ -422,7 +423,7 @@ def _diffusion_losses(
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
-    """Return NNNNNN of `path/to/modelNNNNNN.pt`, and 0 for any other name."""
+    """Return NNNNNN of `path/to/modelNNNNNN.pt`, and 0 where there is no such number."""
     return checkpoints.step_of(filename)
 
 
@@ -434,14 +435,6 @@ def get_blob_logdir() -> str:
 def find_resume_checkpoint() -> str | None:
     """Return a checkpoint to go on from without being asked: none, unless this is replaced."""
     return None
-
-
-def find_ema_checkpoint(main_checkpoint: str | None, step: int, rate: float | str) -> str | None:
-    """Return the EMA file that belongs to a model file, or None if there is none."""
-    if not main_checkpoint:
-        return None
-    path = checkpoint_sets.beside(main_checkpoint, checkpoints.ema_name(rate, step))
-    return path if checkpoints.exists(path) else None
 
 
 def log_loss_dict(diffusion: GaussianDiffusion, ts: Tensor, losses: dict[str, Tensor]) -> None:

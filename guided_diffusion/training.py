@@ -20,6 +20,7 @@ from .train_state import TrainState
 from .train_util import TrainLoop, get_blob_logdir
 
 PREVIEW_IMAGES, PREVIEW_STEPS = 20, 25
+PROCESS_FLAGS = ("learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps")
 
 
 @contextmanager
@@ -46,8 +47,9 @@ def _agree_on_resume(args: argparse.Namespace) -> None:
     """Settle on one checkpoint for all ranks, and tell what of the folder does not go with it."""
     dist_util.barrier()  # until rank 0 has the folder: a run that is ending may yet save
     folder, asked = get_blob_logdir(), args.resume_asked
+    newest = checkpoint_sets.find_newest(folder) or ""
     if asked == "auto":
-        args.resume_checkpoint = checkpoint_sets.find_newest(folder) or ""
+        args.resume_checkpoint = newest
     if len(set(dist_util.all_gather_objects(args.resume_checkpoint))) > 1:
         raise ValueError(
             f"--resume_checkpoint {asked} is not the same for all ranks: they must share the disk"
@@ -55,7 +57,6 @@ def _agree_on_resume(args: argparse.Namespace) -> None:
     if asked == "auto" and not args.resume_checkpoint:
         logger.log("--resume_checkpoint auto: no complete set yet, a new run begins")
         logger.get_current().drop_rows_after(-1)  # of a run that was killed before it could save
-    newest = checkpoint_sets.find_newest(folder)
     if newest and checkpoints.step_of(newest) > checkpoints.step_of(args.resume_checkpoint):
         logger.warn(
             f"{newest} is of a later step, of another run; auto would go on from there: move its "
@@ -103,7 +104,8 @@ def validation_data(args: argparse.Namespace, data: ImageStream) -> dict[str, Im
         training_data, args, args.image_size, data_dir=args.val_data_dir, flag="--val_data_dir",
         classes=data.classes, random_crop=False,
     )  # fmt: skip
-    return {"val_data": load(), "val_set": load(once=True, report=None)}
+    whole = load(once=True, report=lambda line: logger.log(f"validation: {line}"))
+    return {"val_data": load(report=None), "val_set": whole}
 
 
 def train(
@@ -112,7 +114,7 @@ def train(
     diffusion: GaussianDiffusion,
     data: ImageStream,
     flags: dict[str, Any],
-    **more: Any,
+    **options: Any,
 ) -> None:
     """Run the loop that a script's flags describe.
 
@@ -122,29 +124,16 @@ def train(
         diffusion: the process.
         data: the batches.
         flags: what to write beside every checkpoint of weights.
-        more: further arguments of `TrainLoop`.
+        options: the other arguments of `TrainLoop`.
     """
-    classifier = "iterations" in args
-    own = dict(
-        use_fp16=args.classifier_use_fp16,
-        max_steps=args.iterations,
-        lr_anneal_steps=args.iterations if args.anneal_lr else 0,
-        eval_interval=args.eval_interval,
-        log_prefix="train_",
-        initial_lg_loss_scale=16.0,  # as published
-    ) if classifier else dict(
-        use_fp16=args.use_fp16,
-        fp16_scale_growth=args.fp16_scale_growth,
-        max_steps=args.max_steps,
-        lr_anneal_steps=args.lr_anneal_steps,
-        sample_interval=args.sample_interval,
-    )  # fmt: skip
     same = (
         "batch_size microbatch lr weight_decay ema_rate log_interval save_interval "
         "resume_checkpoint init_from use_bf16 seed grad_clip max_bad_steps keep_checkpoints "
         "shard_params"
     )
     train_files.check_classes(args.resume_checkpoint, data.classes)
+    if args.shard_params and dist_util.get_world_size() == 1:
+        logger.warn("--shard_params True: there is one process, which keeps everything")
     logger.log("training...")
     TrainLoop(
         model=model if args.shard_params else model.to(dist_util.dev()),
@@ -154,8 +143,26 @@ def train(
         flags=flags,
         classes=data.classes and dict(zip(data.classes, data.class_counts, strict=True)),
         **{name: getattr(args, name) for name in same.split()},
-        **own | more,
+        **options,
     ).run_loop()
+
+
+def diffusion_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `TrainLoop` that only a diffusion model or an upsampler has."""
+    names = "use_fp16 fp16_scale_growth max_steps lr_anneal_steps sample_interval"
+    return {name: getattr(args, name) for name in names.split()}
+
+
+def classifier_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `TrainLoop` that only a classifier has."""
+    return dict(
+        use_fp16=args.classifier_use_fp16,
+        max_steps=args.iterations,
+        lr_anneal_steps=args.iterations if args.anneal_lr else 0,
+        eval_interval=args.eval_interval,
+        log_prefix="train_",
+        initial_lg_loss_scale=16.0,  # as published
+    )
 
 
 # --------------------------------------------------------------------------------------------
@@ -163,7 +170,10 @@ def train(
 
 
 def make_preview(
-    args: argparse.Namespace, flags: dict[str, Any], image_size: int, **data_options: Any
+    args: argparse.Namespace,
+    flags: dict[str, Any],
+    image_size: int,
+    prepare: Callable[..., Any] | None = None,
 ) -> Callable[[nn.Module, int], None] | None:
     """Return a function (network, step) that draws a grid of samples; None if none are wanted.
 
@@ -174,7 +184,7 @@ def make_preview(
         args: the command line of a diffusion trainer.
         flags: of the process.
         image_size: height and width of the samples.
-        data_options: further arguments of `load_data`, which shrink the images for an upsampler.
+        prepare: shrinks the images for an upsampler, as in `load_data`.
     """
     if not args.sample_interval:
         return None
@@ -184,10 +194,10 @@ def make_preview(
         **{name: flags[name] for name in PROCESS_FLAGS},
     )
     cond = {}
-    if data_options:
+    if prepare is not None:  # the same images on all ranks, which all draw the same
         first = training_data(
-            args, image_size, batch_size=PREVIEW_IMAGES, once=True, class_cond=False,
-            num_workers=0, report=None, label_dropout=0.0, **data_options,
+            args, image_size, batch_size=PREVIEW_IMAGES, once=True, ranks=(0, 1), num_workers=0,
+            class_cond=False, label_dropout=0.0, report=None, prepare=prepare,
         )  # fmt: skip
         cond = next(first)[1]
     count = len(next(iter(cond.values()))) if cond else PREVIEW_IMAGES
@@ -195,11 +205,6 @@ def make_preview(
         cond["y"] = torch.arange(count) % args.num_classes
     shape = (count, args.in_channels, image_size, image_size)
     return partial(_draw_preview, args, process, shape, cond)
-
-
-PROCESS_FLAGS = (
-    "learn_sigma", "noise_schedule", "predict_xstart", "rescale_timesteps",
-)  # fmt: skip
 
 
 def _few_steps(num_timesteps: int) -> str:
@@ -219,7 +224,7 @@ def _draw_preview(
     """Draw the grid of one step. All ranks draw the same, rank 0 writes it."""
     device = dist_util.dev()
     noise = torch.from_numpy(streams.normal(args.seed, range(shape[0]), streams.SAMPLE, shape[1:]))
-    with dist_util.stage("drawing samples"), dist_util.precision(args.use_bf16):
+    with dist_util.stage("drawing samples"):
         images = process.ddim_sample_loop(
             model, shape, noise=noise.to(device),
             model_kwargs={name: value.to(device) for name, value in cond.items()},

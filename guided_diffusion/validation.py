@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -96,14 +96,24 @@ def _fill_up(
 ) -> tuple[Tensor, Cond]:
     """Return a batch of `size` images, the missing ones all alike."""
     image, its_cond = filling
-    batch = image[:0] if batch is None else batch
-    missing = size - len(batch)
+    if batch is None:
+        batch, cond = image[:0], {name: value[:0] for name, value in its_cond.items()}
 
-    def fill(values: Tensor | None, one: Tensor) -> Tensor:
-        more = one.expand(missing, *one.shape[1:])
-        return more if values is None else torch.cat([values, more])
+    def fill(values: Tensor, one: Tensor) -> Tensor:
+        return torch.cat([values, one.expand(size - len(values), *one.shape[1:])])
 
-    return fill(batch, image), {name: fill(cond.get(name), one) for name, one in its_cond.items()}
+    return fill(batch, image), {name: fill(cond[name], its_cond[name]) for name in its_cond}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode, without gradients, for the block."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
 
 
 class Validator:
@@ -116,27 +126,30 @@ class Validator:
         whole: each image once, with a method `seek(0)` to begin again: image i of the set is on
             rank i mod the number of ranks; or None.
         microbatch: images per forward pass.
-        use_bf16: evaluate under bfloat16 autocast.
+        precision: makes the context to evaluate in, such as autocast.
     """
 
     def __init__(
         self,
         loss_fn: Callable[..., dict[str, Tensor]],
         num_timesteps: int,
-        data: Iterator[tuple[Tensor, Cond]] | None,
-        whole: Any,
+        *,
+        data: Iterator[tuple[Tensor, Cond]] | None = None,
+        whole: Any = None,
         microbatch: int,
-        use_bf16: bool,
+        precision: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.loss_fn, self.num_timesteps = loss_fn, num_timesteps
         self.data, self.whole = data, whole
-        self.microbatch, self.use_bf16 = microbatch, use_bf16
+        self.microbatch, self.precision = microbatch, precision
 
     def log_batch(self, model: nn.Module, state: TrainState) -> None:
-        """Log the losses of the next batch, as val_*."""
+        """Log the losses of the next batch, as val_*; nothing if there are no batches."""
+        if self.data is None:
+            return
         batch, cond = next(self.data)
         first = state.val_images + dist_util.get_rank() * len(batch)
-        with self._evaluating(model):
+        with dist_util.stage("validating"), evaluating(model), self.precision():
             numbers = range(first, first + len(batch))
             t, losses = self._evaluate(model, batch, cond, numbers, state.seed)
         log_losses(self.num_timesteps, t, {"val_" + name: value for name, value in losses.items()})
@@ -147,9 +160,9 @@ class Validator:
         if self.whole is None:
             return
         self.whole.seek(0)
-        with dist_util.stage("validating"), self._evaluating(model):
+        with dist_util.stage("validating"), evaluating(model), self.precision():
             means = mean_over_all(self._parts(model, state.seed), self.num_timesteps)
-        if "step" not in logger.getkvs():  # this becomes a row of its own, of the next step
+        if "step" not in logger.getkvs():  # after the last step this makes a row of its own
             logger.logkv("step", state.step)
         logger.logkvs({f"val_all_{name}": value for name, value in means.items()})
 
@@ -163,7 +176,7 @@ class Validator:
         filling, size = None, 0
         while True:
             batch, cond = next(self.whole, (None, {}))
-            if not dist_util.any_rank(batch is not None)[0]:
+            if not dist_util.any_rank(batch is not None):
                 return
             if filling is None:
                 filling, size = _agree_on_filling(batch, cond)
@@ -187,13 +200,3 @@ class Validator:
             seed=seed,
             microbatch=self.microbatch,
         )
-
-    @contextmanager
-    def _evaluating(self, model: nn.Module) -> Iterator[None]:
-        """Put a network into eval mode, without gradients, for the block."""
-        model.eval()
-        try:
-            with torch.no_grad(), dist_util.precision(self.use_bf16):
-                yield
-        finally:
-            model.train()

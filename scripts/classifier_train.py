@@ -28,15 +28,23 @@ def main(argv=None):
         classifier_and_diffusion_defaults,
         create_classifier_and_diffusion,
     )
-    from guided_diffusion.training import train, training_data, training_session, validation_data
+    from guided_diffusion.training import (
+        classifier_options,
+        train,
+        training_data,
+        training_session,
+        validation_data,
+    )
 
     with training_session(args):
         flags = args_to_dict(args, classifier_and_diffusion_defaults())
         classifier, diffusion = create_classifier_and_diffusion(**flags)
         data = training_data(args, args.image_size)
-        more = validation_data(args, data) if args.val_data_dir else {}
+        options = classifier_options(args)
+        if args.val_data_dir:
+            options |= validation_data(args, data)
         losses = partial(classifier_losses, diffusion, args.noised)
-        train(args, classifier, diffusion, data, flags, loss_fn=losses, **more)
+        train(args, classifier, diffusion, data, flags, loss_fn=losses, **options)
 
 
 if __name__ == "__main__":

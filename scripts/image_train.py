@@ -24,14 +24,20 @@ def main(argv=None):
         create_model_and_diffusion,
         model_and_diffusion_defaults,
     )
-    from guided_diffusion.training import make_preview, train, training_data, training_session
+    from guided_diffusion.training import (
+        diffusion_options,
+        make_preview,
+        train,
+        training_data,
+        training_session,
+    )
 
     with training_session(args):
         flags = args_to_dict(args, model_and_diffusion_defaults())
         model, diffusion = create_model_and_diffusion(**flags)
         data = training_data(args, args.image_size)
         preview = make_preview(args, flags, args.image_size)
-        train(args, model, diffusion, data, flags, preview=preview)
+        train(args, model, diffusion, data, flags, preview=preview, **diffusion_options(args))
 
 
 if __name__ == "__main__":

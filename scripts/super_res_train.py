@@ -27,7 +27,13 @@ def main(argv=None):
         sr_create_model_and_diffusion,
         sr_model_and_diffusion_defaults,
     )
-    from guided_diffusion.training import make_preview, train, training_data, training_session
+    from guided_diffusion.training import (
+        diffusion_options,
+        make_preview,
+        train,
+        training_data,
+        training_session,
+    )
 
     with training_session(args):
         flags = args_to_dict(args, sr_model_and_diffusion_defaults())
@@ -35,7 +41,7 @@ def main(argv=None):
         shrink = partial(add_low_res, small_size=args.small_size)
         data = training_data(args, args.large_size, prepare=shrink)
         preview = make_preview(args, flags, args.large_size, prepare=shrink)
-        train(args, model, diffusion, data, flags, preview=preview)
+        train(args, model, diffusion, data, flags, preview=preview, **diffusion_options(args))
 
 
 if __name__ == "__main__":

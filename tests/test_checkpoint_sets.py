@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ NAMES = ("model{}.pt", "ema_0.9_{}.pt", "opt{}.pt", "state{}.pt", "model{}.json"
 
 def write_set(folder, step, value=0.0, flags=None):
     """Write a small set as the loop does; return the path of its weights."""
-    writer = SetWriter(str(folder), step, {"image_size": 8} if flags is None else flags)
-    writer.weights(checkpoints.model_name(step), {"w": torch.full((3,), value)})
-    writer.weights(checkpoints.ema_name(0.9, step), {"w": torch.full((3,), value)})
-    writer.save(checkpoints.opt_name(step), {"state": {}, "param_groups": []})
-    writer.complete({"step": step})
+    with SetWriter(str(folder), step, {"image_size": 8} if flags is None else flags) as writer:
+        writer.weights(checkpoints.model_name(step), {"w": torch.full((3,), value)})
+        writer.weights(checkpoints.ema_name(0.9, step), {"w": torch.full((3,), value)})
+        writer.save(checkpoints.opt_name(step), {"state": {}, "param_groups": []})
+        writer.complete({"step": step})
     return str(folder / checkpoints.model_name(step))
 
 
@@ -44,8 +45,10 @@ def test_a_set_is_found_by_its_state(tmp_path):
     assert find_newest(str(tmp_path)) == path.replace("000009", "000010")
 
 
-@pytest.mark.parametrize("name", NAMES[:4])
-@pytest.mark.parametrize("damage", ["gone", "short"])
+DAMAGES = [(name, damage) for name in NAMES[:4] for damage in ("gone", "short")]
+
+
+@pytest.mark.parametrize("name, damage", sorted({*DAMAGES} - {("state{}.pt", "gone")}))
 def test_a_damaged_set_is_passed_over(tmp_path, name, damage):
     """Without one of its files, or with one cut short, a set is none, and the one before counts."""
     before = write_set(tmp_path, 1)
@@ -58,36 +61,74 @@ def test_a_damaged_set_is_passed_over(tmp_path, name, damage):
     assert find_newest(str(tmp_path)) == before
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing is tidied up after it."""
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Killed])
 @pytest.mark.parametrize("written", range(6))
-def test_a_save_that_breaks_off_completes_nothing(tmp_path, monkeypatch, written):
+def test_a_save_that_breaks_off_completes_nothing(tmp_path, monkeypatch, written, kind):
     """After any number of its files, replacing a set of the same number included."""
     before = write_set(tmp_path, 1)
     write_set(tmp_path, 2, value=0.0)
-    replace, left = os.replace, [written]
+    replace, remove, replaced, ended = os.replace, os.remove, [], []
 
     def break_off(source, target):
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
+        if len(replaced) == written:
+            ended.append(kind)
+            raise kind
+        replaced.append(target)
         replace(source, target)
+
+    def remove_unless_killed(path):
+        if Killed not in ended:
+            remove(path)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", break_off)
-        with pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "remove", remove_unless_killed)
+        with pytest.raises(kind):
             write_set(tmp_path, 2, value=1.0)
     assert find_newest(str(tmp_path)) == before
-    assert not list(tmp_path.glob("*.tmp*"))
-    assert find_newest(str(tmp_path)) != write_set(tmp_path, 2, value=1.0)
+    if kind is KeyboardInterrupt:
+        assert not list(tmp_path.glob("*.tmp*")) and not list(tmp_path.glob("*000002*"))
+    write_set(tmp_path, 3)
+    assert not list(tmp_path.glob("*.tmp*")) and not list(tmp_path.glob("*000002*"))
 
 
-def test_sets_of_the_published_code_count(tmp_path):
-    """They have an optimizer's file and no flags; our own unfinished sets have flags."""
+def test_sets_without_a_state_count(tmp_path):
+    """Those of the published code, and of an early version of this one, which wrote flags."""
     write_published(tmp_path, 5, with_opt=False)
     path = write_published(tmp_path, 3)
     assert find_newest(str(tmp_path)) == path
-    write_set(tmp_path, 9)
+    early = write_set(tmp_path, 9)
     (tmp_path / "state000009.pt").unlink()
-    assert find_newest(str(tmp_path)) == path
+    assert find_newest(str(tmp_path)) == early
+    write_set(tmp_path, 10)
+    assert prune(str(tmp_path), 1, newest=10) == []
+    assert {"model000003.pt", "model000009.pt"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_an_error_takes_its_files_back(tmp_path):
+    """What a failed save has written goes, so that a full disk has room again."""
+    before = write_set(tmp_path, 1)
+    names = {path.name for path in tmp_path.iterdir()}
+    writer = SetWriter(str(tmp_path), 2, {"image_size": 8})
+    with pytest.raises(KeyError), writer:
+        writer.weights("model000002.pt", {"w": torch.zeros(3)})
+        assert find_newest(str(tmp_path)) == before
+        raise KeyError
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_state_can_be_replaced(tmp_path):
+    """What is learnt after a save can be added to it: the set is whole before, and after."""
+    writer = SetWriter(str(tmp_path), 2, {})
+    writer.weights("model000002.pt", {"w": torch.zeros(3)})
+    writer.complete({"step": 2, "more": 0})
+    writer.complete({"step": 2, "more": 1})
+    newest = find_newest(str(tmp_path))
+    assert checkpoint_sets.read_state(newest)["more"] == 1
 
 
 def test_what_resume_checkpoint_accepts(tmp_path, monkeypatch):
@@ -169,7 +210,8 @@ def test_a_folder_is_one_runs_own(tmp_path, monkeypatch):
 
 def test_only_our_leftovers_are_removed(tmp_path):
     """Temporary files of a killed save go; nothing else does."""
-    ours = ["model000001.pt.tmp12", "ema_0.9999_000001.json.tmp3", "state000001.pt.tmp4"]
+    ours = ["model000001.pt.tmp12", "ema_0.9999_000001.json.tmp3", "classes.csv.tmp4"]
+    ours += ["state000002.pt.tmp4", "model000002.pt"]  # of a set that was cut short
     others = ["model000001.pt", "notes.tmp", "my_model.pt.tmp1x", "opt000001.pt.tmp"]
     for name in ours + others:
         (tmp_path / name).touch()
@@ -208,13 +250,13 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, room):
     assert "000002" in str(caught.value) and "cannot be written" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert find_newest(str(tmp_path)) == before
-    assert not list(tmp_path.glob("*.tmp*"))
+    assert not list(tmp_path.glob("*.tmp*")) and not list(tmp_path.glob("*000002*"))
 
 
 def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
     """A folder that is gone, for example."""
     writer = SetWriter(str(tmp_path / "run"), 1, {})
-    os.rmdir(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
     with pytest.raises(OSError, match=r"model000001\.pt cannot be written \(No such file"):
         writer.weights("model000001.pt", {"w": torch.zeros(1)})
 

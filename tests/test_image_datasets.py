@@ -422,7 +422,7 @@ def test_skipped_images_are_replaced_by_the_next_good_one(tmp_path, write):
         batch = next(data)
         assert ids(batch) == batch[1]["y"].tolist() == wanted
     told = [line for line in lines if line.startswith("skipped: ")]
-    assert data.num_bad == len(bad) == len(told)
+    assert len(data.bad_images) == len(bad) == len(told)
     for k, line in zip(bad, told, strict=True):
         assert line.startswith(f"skipped: {path}/{names[k]} (") and line.endswith(")")
 

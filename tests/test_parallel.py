@@ -1,6 +1,7 @@
 """One run, on any number of ranks: gradients, order of images, resumed runs."""
 
 import csv
+import shutil
 import subprocess
 import sys
 import time
@@ -108,6 +109,43 @@ def test_ranks_go_on_exactly(launcher, ranks, data, tmp_path):
     done = train(launcher, tmp_path / "parts", data, 5, **same)  # the seed is in the state
     assert "seed 4" in done.stdout and "from " + str(tmp_path / "parts" / "opt0") in done.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "parts", 5)
+
+
+def test_two_ranks_go_on_from_a_published_set(data, tmp_path):
+    """Weights, average and optimizer, no flags and no state: found by its folder, loaded by all."""
+    train("mpiexec", tmp_path / "ours", data, 2, ranks=1, batch_size=4, seed=4)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    for name in ("model{}.pt", "ema_0.5_{}.pt", "opt{}.pt"):
+        shutil.copy(tmp_path / "ours" / name.format("000002"), theirs / name.format("000002"))
+    state = torch.load(theirs / "opt000002.pt", weights_only=True)
+    for moments in state["state"].values():  # as older versions of torch wrote it
+        moments["step"] = int(moments["step"])
+    names = ("params", "lr", "betas", "eps", "weight_decay", "amsgrad")
+    state["param_groups"] = [{n: group[n] for n in names} for group in state["param_groups"]]
+    torch.save(state, theirs / "opt000002.pt")
+    done = train("mpiexec", tmp_path / "new", data, 3, resume_checkpoint=theirs)
+    for told in ("model: from", "optimizer: from", "EMA 0.5: from", "EMA 0.9: cold", "state: cold"):
+        assert told in done.stdout, told
+    assert sorted(p.name for p in (tmp_path / "new").glob("state*")) == ["state000003.pt"]
+
+
+def test_a_classifier_goes_on_exactly_on_two_ranks(data, tmp_path):
+    """With float16, validation, annealing and an average, all of which the state remembers."""
+    flags = CLASSIFIER | {
+        "data_dir": data, "val_data_dir": data, "eval_interval": 2, "anneal_lr": True, "seed": 7,
+        "classifier_use_fp16": True, "ema_rate": "0.5,0.9", "save_interval": 2, "batch_size": 2,
+        "keep_checkpoints": 1, "device": "cpu", "num_workers": 0, "log_interval": 2,
+    }  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start("classifier_train", "mpiexec", whole, 2, flags | {"log_dir": whole, "iterations": 4})
+    worker = ROOT / "tests" / "workers" / "stopping.py"
+    stopped = flags_of(flags | {"log_dir": parts, "iterations": 4})
+    done = launch("mpiexec", worker, ["classifier_train", "SIGTERM", *stopped], tmp_path)
+    assert done.returncode == 0 and "stopped by" in done.stdout, done.stderr
+    again = flags | {"log_dir": parts, "iterations": 4, "resume_checkpoint": "auto"}
+    start("classifier_train", "mpiexec", parts, 2, again)
+    assert_same_run(whole, parts, 4)
 
 
 def test_other_ranks_go_on_with_the_next_image(data, tmp_path):

@@ -157,7 +157,7 @@ def test_a_published_set_goes_on(tmp_path, data_dir, capsys):
     capsys.readouterr()
     loop = run(tmp_path, data_dir, 3, resume=str(tmp_path))
     out = capsys.readouterr().out
-    assert "state: cold" in out and "order of the images" in out
+    assert "state: cold" in out and "goes on with image 8, by steps and batch size" in out
     assert loop.state.images == whole.state.images == 12 and loop.state.step == 3
     assert loop.opt.state_dict()["state"][0]["step"] == 3
 
@@ -275,3 +275,15 @@ def test_a_program_with_its_own_loop_goes_on(tmp_path, data_dir, monkeypatch, st
     rows = rows_of(tmp_path / "parts")
     assert [row["step"] for row in rows] == list("012345") and rows == rows_of(tmp_path / "whole")
     assert len({row["loss"] for row in rows}) == 6
+
+
+def test_other_data_is_told(tmp_path, data_dir, capsys):
+    """A run that goes on with more images than it began with has another order, and says so."""
+    run(tmp_path / "run", data_dir, 1)
+    more = shutil.copytree(data_dir, tmp_path / "more")
+    shutil.copy(more / "0_0.png", more / "0_99.png")
+    capsys.readouterr()
+    run(tmp_path / "run", data_dir, 2, resume=str(tmp_path / "run"))
+    assert "another order" not in capsys.readouterr().out
+    run(tmp_path / "run", str(more), 3, resume=str(tmp_path / "run"))
+    assert "number of images: 10 when the run began, 11 now" in capsys.readouterr().out

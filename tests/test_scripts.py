@@ -271,6 +271,18 @@ def test_image_nll_scores_each_image_once(place, tmp_path):
     assert "done 7 samples" in succeed("image_nll", flags, batch_size=5, num_samples=7).out
 
 
+def test_image_nll_scores_no_image_in_place_of_a_broken_one(place, tmp_path):
+    """A single pass skips it: 24 good images among 25 give 24 scores."""
+    own = shutil.copytree(place / "data", tmp_path / "data")
+    flags = {"model_path": model(place, "d"), "timestep_respacing": "2", "seed": 3}
+    flags |= {"batch_size": 1, "data_dir": own}
+    first = sorted(own.iterdir())[0]
+    first.rename(own / f"{first.name[0]}_zz.png")
+    (own / first.name).write_bytes(b"broken")
+    done = succeed("image_nll", flags, log_dir=tmp_path / "a", skip_bad_images=True)
+    assert "done 24 samples" in done.out and f"skipped: {own}/{first.name}" in done.out
+
+
 # --------------------------------------------------------------------------------------------
 # Several ranks, another folder
 

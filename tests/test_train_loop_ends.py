@@ -187,7 +187,8 @@ def test_the_first_step_is_told_at_once(log_dir, diffusion, capsys):
         save_interval=500,
     )  # fmt: skip
     loop.run_loop()
-    assert "step 0: loss 0." in capsys.readouterr().out.split("saving")[0]
+    told = capsys.readouterr().out.split("saving")[0]
+    assert "step 0: loss 0." in told and "the next checkpoint after 2 steps" in told
 
 
 def test_the_log_names_the_file_to_sample_from(log_dir, diffusion, capsys):

@@ -36,7 +36,7 @@ class Images:
 
 def whole(batch_size, microbatch=100):
     """Return what log_whole_set logs about 10 images."""
-    validator = validation.Validator(echo, 20, None, Images(10, batch_size), microbatch, False)
+    validator = validation.Validator(echo, 20, whole=Images(10, batch_size), microbatch=microbatch)
     validator.log_whole_set(torch.nn.Linear(1, 1), TrainState(seed=3))
     kvs = logger.getkvs()
     logger.get_current().restore_window({"values": {}, "counts": {}})
@@ -64,7 +64,7 @@ def streams_of(numbers):
 def test_batches_have_numbers_of_their_own(log_dir):
     """The draws of a batch follow from its place among all, which the state keeps."""
     state, model = TrainState(seed=3), torch.nn.Linear(1, 1)
-    validator = validation.Validator(echo, 20, Images(10, 4), None, 100, False)
+    validator = validation.Validator(echo, 20, data=Images(10, 4), microbatch=100)
     validator.log_batch(model, state)
     validator.log_batch(model, state)
     assert state.val_images == 8 and model.training

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from launching import WORKERS, finish, launch, launch_as_slurm
-from test_hosts import hosts, start_host  # noqa: F401 - a fixture
+from test_hosts import check_end, hosts, start_host  # noqa: F401 - a fixture
 
 TIMEOUT = 5  # seconds that a rank of these jobs waits for the others
 LATE = r"rank 1 on \S+ is still in stage 'reading a batch', for \d+ s; rank 0 waited in stage "
@@ -26,9 +26,9 @@ def test_a_lost_rank_ends_the_job(tmp_path, launcher, ending, message):
     """Also a wait without end of its own, a lost rank 0 and one that never came end the job."""
     began = time.monotonic()
     status, printed = launch(launcher, WORKERS / "hanging.py", TIMEOUT, ending, cwd=tmp_path)
-    assert status != 0
-    assert re.search(message, printed), printed
-    assert time.monotonic() - began < 15 + TIMEOUT + 15  # to start, to wait, to end
+    check_end(status, printed, message, TIMEOUT)
+    seconds = time.monotonic() - began
+    print(f"\n{launcher} -n 2, a rank lost ({ending}): ended after {seconds:.0f} s, exit {status}")
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])

@@ -49,7 +49,7 @@ def main(folder):
             "broadcast": dist_util.broadcast_object({"rank": rank}),
             "shared": [dist_util.share("name", lambda i=i: f"{i}{rank}") for i in range(2)],
             "all_gathered": dist_util.all_gather_objects([rank]),
-            "any_rank": dist_util.any_rank(rank == 0, rank == 1, rank < 0),
+            "any_rank": [dist_util.any_rank(fact) for fact in (rank == 0, rank == 1, rank < 0)],
             "table": dist_util.describe_ranks(),
             "gathered": dist_util.gather_objects({"rank": rank}),
             "mpi4py": "mpi4py" in sys.modules,

@@ -88,9 +88,7 @@ class Run:
 
     def _exchange(self, on):
         """Exchange gradients in the block, or not."""
-        if self.kind == "sharded":
-            sharding.sync_gradients(self.model, on)
-        elif isinstance(self.net, DistributedDataParallel) and not on:
+        if isinstance(self.net, DistributedDataParallel) and not on:
             return self.net.no_sync()
         return nullcontext()
 
