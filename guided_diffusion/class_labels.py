@@ -35,16 +35,16 @@ def label_entries(
     """Return the class number of every entry, int64 [N], and the class names by number.
 
     Args:
-        source: The images.
+        source: the images.
         labels: "filename": the part of the file name before its first "_", or the labels that
             the source carries. "folder": the first folder on the way to the image. Else the
             path of a .json or .csv file.
-        num_classes: Upper limit on the number of classes; None for no limit.
-        classes: Class names by number, such as those of the training data; None for the
+        num_classes: upper limit on the number of classes; None for no limit.
+        classes: class names by number, such as those of the training data; None for the
             source's own.
 
     Raises:
-        ValueError: An image has no class or one unknown to `classes`, there are too many
+        ValueError: an image has no class or one unknown to `classes`, there are too many
             classes, or the file of labels cannot be read.
     """
     found, names, origin = _choose(labels)(source)
@@ -184,7 +184,7 @@ def _read_table(path: str, source: Source) -> dict[str, int | str]:
     """Return the class of each name in a file of labels.
 
     Raises:
-        ValueError: There is no such file, it cannot be read, or it contradicts itself.
+        ValueError: there is no such file, it cannot be read, or it contradicts itself.
     """
     where = f"--labels {path!r}"
     try:
@@ -253,7 +253,7 @@ def _look_up(table: dict[str, int | str], source: Source, path: str) -> list[int
     """Return the class of every entry, by its whole name or by its file name alone.
 
     Raises:
-        ValueError: An entry has no class, or its file name is not the only one.
+        ValueError: an entry has no class, or its file name is not the only one.
     """
     files = Counter(name.rsplit("/", 1)[-1] for name in source.names)
     found, missing, twofold = [], [], []

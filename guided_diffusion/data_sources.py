@@ -57,9 +57,9 @@ class Source:
     """Images by number. A subclass sets `names` and defines `open`, or `read` itself.
 
     Attributes:
-        kind: What it is, in a word.
-        names: The entries' names in order: paths relative to the source, with "/".
-        labels: Class numbers that the source carries, int64 [N], or None.
+        kind: what it is, in a word.
+        names: the entries' names in order: paths relative to the source, with "/".
+        labels: class numbers that the source carries, int64 [N], or None.
     """
 
     kind = "source"
@@ -89,8 +89,8 @@ class Source:
         """Return entry i, decoded to at most 8 bits a channel, in whatever mode it has.
 
         Raises:
-            BadImage: It is no whole image.
-            ValueError: The storage failed.
+            BadImage: it is no whole image.
+            ValueError: the storage failed.
         """
 
         def decode_entry():
@@ -289,7 +289,7 @@ def open_source(data_dir: str, flag: str = "--data_dir") -> Source:
     """Return the images at a path or address: a folder tree, .zip, .npz or LMDB folder.
 
     Raises:
-        ValueError: There is nothing, or no image, or what is there cannot be read.
+        ValueError: there is nothing, or no image, or what is there cannot be read.
     """
     data_dir = os.fspath(data_dir or "")
     for matches, kind in SOURCES:
@@ -308,7 +308,7 @@ def find_images(data_dir: str, flag: str = "--data_dir") -> list[str]:
     """Return the sorted paths of all images in a folder and its subfolders.
 
     Raises:
-        ValueError: The folder is not given, not there, cannot be listed, or holds no images.
+        ValueError: the folder is not given, not there, cannot be listed, or holds no images.
     """
     if not data_dir:
         raise ValueError(f"{flag} is missing: name the folder that holds the images")

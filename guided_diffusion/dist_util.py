@@ -395,8 +395,8 @@ def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
     tensors and plain containers: one that would run code is refused.
 
     Args:
-        path: A local path, or a remote one (az://, gs://) that blobfile understands.
-        **kwargs: Passed on to `torch.load`.
+        path: a local path, or a remote one (az://, gs://) that blobfile understands.
+        **kwargs: passed on to `torch.load`.
     """
     import torch
 

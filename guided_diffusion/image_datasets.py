@@ -92,31 +92,31 @@ def load_data(
     class_cond holds the class numbers "y", int64 [N]. All ranks call this with equal arguments.
 
     Args:
-        data_dir: A folder tree, a .zip, an .npz or an LMDB folder.
-        batch_size: Images in a batch of one rank.
-        image_size: Height and width of the batches.
-        class_cond: Whether to read labels.
-        deterministic: Keep the order of the files in every epoch.
-        random_crop: Cut out squares at random instead of the central one.
-        random_flip: Mirror every other image, by chance.
+        data_dir: a folder tree, a .zip, an .npz or an LMDB folder.
+        batch_size: images in a batch of one rank.
+        image_size: height and width of the batches.
+        class_cond: whether to read labels.
+        deterministic: keep the order of the files in every epoch.
+        random_crop: cut out squares at random instead of the central one.
+        random_flip: mirror every other image, by chance.
         in_channels: 3 decodes colour, 1 grey.
-        num_classes: Upper limit on the classes, and the null class of label_dropout.
-        once: Go through the data a single time, in order, neither flipped nor randomly cropped;
+        num_classes: upper limit on the classes, and the null class of label_dropout.
+        once: go through the data a single time, in order, neither flipped nor randomly cropped;
             rank r of w sees the entries r, r + w, ..., and the last batch may be short.
-        num_workers: Processes that decode; 0 decodes in the caller, None follows the cores.
-        report: Called with lines about the data, on every rank.
-        classes: Class names by number, if not the data's own: those of the training data.
-        flag: Whom errors about data_dir name.
-        seed: Of order, crops, flips and label dropout; None draws one from torch's generator.
+        num_workers: processes that decode; 0 decodes in the caller, None follows the cores.
+        report: called with lines about the data, on every rank.
+        classes: class names by number, if not the data's own: those of the training data.
+        flag: whom errors about data_dir name.
+        seed: of order, crops, flips and label dropout; None draws one from torch's generator.
         labels: "filename", "folder", or the path of a .json or .csv file.
-        skip_bad_images: Put the next good image in the place of a broken one; with `once`, none.
-        label_dropout: Share of the labels that become num_classes. So trained, one network serves
+        skip_bad_images: put the next good image in the place of a broken one; with `once`, none.
+        label_dropout: share of the labels that become num_classes. So trained, one network serves
             both parts of classifier-free guidance (Ho and Salimans, 2022, arXiv:2207.12598).
-        prepare: Called on each batch in the worker; returns the batch to hand out.
-        ranks: Rank and number of ranks to read for, by default those of the job.
+        prepare: called on each batch in the worker; returns the batch to hand out.
+        ranks: rank and number of ranks to read for, by default those of the job.
 
     Raises:
-        ValueError: The data is missing or empty, or its classes do not fit. A broken image raises
+        ValueError: the data is missing or empty, or its classes do not fit. A broken image raises
             it later, from the iterator.
     """
     if label_dropout and (not class_cond or num_classes is None):
@@ -129,6 +129,10 @@ def load_data(
     if class_cond:
         numbers, names = label_entries(source, labels, num_classes, classes)
     report(describe(source, numbers, names))
+    if names is not None and len(names) == len(source) > 1:
+        report(f"each image is a class of its own: is --labels {labels} what you mean?")
+    elif names is not None and num_classes is not None and len(names) < num_classes:
+        report(f"{len(names)} of --num_classes {num_classes} have images")
     if seed is None:
         seed = 0 if once else _draw_seed()  # a single pass leaves nothing to chance
     batches = _Batches(
@@ -206,10 +210,10 @@ class ImageStream(Iterator):
     Workers start with the first batch after construction or `seek`.
 
     Attributes:
-        classes: Class names by number; None without labels.
-        class_counts: Number of images of each; None without labels.
-        num_entries: Number of images in the source.
-        position: The image number at which the next step begins.
+        classes: class names by number; None without labels.
+        class_counts: number of images of each; None without labels.
+        num_entries: number of images in the source.
+        position: the image number at which the next step begins.
     """
 
     def __init__(

@@ -23,8 +23,8 @@ class BadImage(ValueError):
     """An entry is no whole image.
 
     Attributes:
-        path: The file, and the entry within it, if it holds several.
-        reason: What is wrong, in one line.
+        path: the file, and the entry within it, if it holds several.
+        reason: what is wrong, in one line.
     """
 
     def __init__(self, flag: str, path: str, reason: str):
@@ -44,12 +44,12 @@ def read_image(
     """Decode an image and convert it to a Pillow mode, "RGB" or "L".
 
     Args:
-        path_or_file: A local path, an address that blobfile understands, or an open file.
-        mode: What `convert` of Pillow takes.
-        flag: Whom an error names.
+        path_or_file: a local path, an address that blobfile understands, or an open file.
+        mode: what `convert` of Pillow takes.
+        flag: whom an error names.
 
     Raises:
-        BadImage: It cannot be read or is no whole image.
+        BadImage: it cannot be read or is no whole image.
     """
     if hasattr(path_or_file, "read"):
         path = str(getattr(path_or_file, "name", "<file>"))

@@ -20,7 +20,7 @@ class EpochOrder:
 
     Args:
         num_entries: N, the number of entries.
-        seed: Of the epochs' orders; None for the order of the entries in every epoch.
+        seed: of the epochs' orders; None for the order of the entries in every epoch.
     """
 
     def __init__(self, num_entries: int, seed: int | None):

@@ -162,12 +162,12 @@ def configure(
     """Log into a folder from now on, and say into which.
 
     Args:
-        dir: The folder; by default that of OPENAI_LOGDIR, else a new one under ./logs, named by
+        dir: the folder; by default that of OPENAI_LOGDIR, else a new one under ./logs, named by
             the time, the same on all ranks.
-        format_strs: Names out of FORMATS; by default those of OPENAI_LOG_FORMAT on rank 0 and of
+        format_strs: names out of FORMATS; by default those of OPENAI_LOG_FORMAT on rank 0 and of
             OPENAI_LOG_FORMAT_MPI elsewhere.
-        comm: An mpi4py communicator, to average over its ranks what logkv_mean averages.
-        log_suffix: Goes into the file names.
+        comm: an mpi4py communicator, to average over its ranks what logkv_mean averages.
+        log_suffix: goes into the file names.
     """
     new = _make_logger(dir, format_strs, comm, log_suffix)
     reset()
