@@ -283,10 +283,10 @@ class Ranks:
 def session(
     dir: str | os.PathLike | None = None, tensorboard: bool = False, comm: Any = None
 ) -> Iterator[None]:
-    """Log into a folder within the block that a script runs in.
+    """Log into a folder within the block that a script runs in, first who takes part in the job.
 
-    A ValueError, the mistake of a user, that comes before anything but lines of text was written
-    leaves no new log files and no new folder behind.
+    All ranks call this. A ValueError, the mistake of a user, that comes before anything but lines
+    of text was written leaves no new log files and no new folder behind.
 
     Args:
         dir: as for `configure`.
@@ -298,6 +298,8 @@ def session(
         names = [*names, "tensorboard"]
     with scoped_configure(dir, names, comm):
         logger = _current
+        for line in dist_util.describe_ranks():
+            logger.log(line)
         try:
             yield
         except ValueError:

@@ -35,8 +35,6 @@ def training_session(args: argparse.Namespace):
         logger.session(args.log_dir, tensorboard=args.tensorboard, comm=logger.Ranks()),
         checkpoint_sets.reserved(get_blob_logdir()),
     ):
-        for line in dist_util.describe_ranks():
-            logger.log(line)
         _agree_on_resume(args)
         args.seed = _choose_seed(args)
         train_state.seed_globally(args.seed)
