@@ -14,7 +14,8 @@ from launching import TORCHRUN, WORKERS, finish, launch, start
 TIMEOUT = 6  # seconds that a rank of these jobs waits for the others
 SILENT = r"rank {} on \S+ has been silent for \d+ s, last seen in stage 'reading a batch'"
 LATE = r"rank {} on \S+ is still in stage 'reading a batch', for \d+ s"
-WAITED = r"; rank 0 waited in stage 'averaging gradients' for \d+ s \(Timed out"
+# Of several ranks that wait, any may be the first to give up; the others then lose its connection.
+WAITED = r"; rank \d waited in stage 'averaging gradients' for \d+ s \("
 
 
 @pytest.mark.parametrize(
