@@ -245,9 +245,10 @@ class TrainLoop:
                 asked = self._asked_to_stop(signals)
             if saved != self._steps_done():
                 self.save()
+                logger.dumpkvs()  # the open row
                 if not asked:  # after the save: a run that goes on from here has not seen it
                     self.validator.log_whole_set(self.model, self.state)
-        logger.dumpkvs()  # the open row
+        logger.dumpkvs()  # what is left
         train_files.tell_bad_images(self.state)
         if asked:
             again = f"--log_dir {logger.get_dir()} --resume_checkpoint auto"
