@@ -153,8 +153,9 @@ class Heartbeat:
         """End the threads, before the store or the interpreter goes away."""
         self._stop.set()
         self._wake.set()
+        # Patiently: a thread that is still talking to the store when Python ends aborts the process.
         for thread in self._threads:
-            thread.join(timeout=3 * BEAT)
+            thread.join(timeout=15 * BEAT)
 
     def say_last_words(self, words: str) -> None:
         """Tell the others that this rank ends the job, and why ("" if it is but a victim)."""
