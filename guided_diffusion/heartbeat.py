@@ -153,7 +153,7 @@ class Heartbeat:
         """End the threads, before the store or the interpreter goes away."""
         self._stop.set()
         self._wake.set()
-        # Patiently: a thread that is still talking to the store when Python ends aborts the process.
+        # Patiently: a thread that still talks to the store when Python ends aborts the process.
         for thread in self._threads:
             thread.join(timeout=15 * BEAT)
 
