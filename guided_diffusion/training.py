@@ -145,10 +145,31 @@ def train(
     ).run_loop()
 
 
-def diffusion_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `TrainLoop` that only a diffusion model or an upsampler has."""
+def train_diffusion(
+    args: argparse.Namespace,
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    flags: dict[str, Any],
+    image_size: int,
+    prepare: Callable[..., Any] | None = None,
+) -> None:
+    """Train a diffusion model or an upsampler: data, pictures and loop.
+
+    Args:
+        args: as for `train`, like the next three.
+        model: the network.
+        diffusion: the process.
+        flags: what to write beside every checkpoint of weights.
+        image_size: height and width of the images.
+        prepare: shrinks the images for an upsampler, as in `load_data`.
+    """
     names = "use_fp16 fp16_scale_growth max_steps lr_anneal_steps sample_interval"
-    return {name: getattr(args, name) for name in names.split()}
+    data = training_data(args, image_size, prepare=prepare)
+    train(
+        args, model, diffusion, data, flags,
+        preview=make_preview(args, flags, image_size, prepare),
+        **{name: getattr(args, name) for name in names.split()},
+    )  # fmt: skip
 
 
 def classifier_options(args: argparse.Namespace) -> dict[str, Any]:

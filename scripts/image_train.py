@@ -24,20 +24,12 @@ def main(argv=None):
         create_model_and_diffusion,
         model_and_diffusion_defaults,
     )
-    from guided_diffusion.training import (
-        diffusion_options,
-        make_preview,
-        train,
-        training_data,
-        training_session,
-    )
+    from guided_diffusion.training import train_diffusion, training_session
 
     with training_session(args):
         flags = args_to_dict(args, model_and_diffusion_defaults())
         model, diffusion = create_model_and_diffusion(**flags)
-        data = training_data(args, args.image_size)
-        preview = make_preview(args, flags, args.image_size)
-        train(args, model, diffusion, data, flags, preview=preview, **diffusion_options(args))
+        train_diffusion(args, model, diffusion, flags, args.image_size)
 
 
 if __name__ == "__main__":

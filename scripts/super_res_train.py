@@ -27,21 +27,13 @@ def main(argv=None):
         sr_create_model_and_diffusion,
         sr_model_and_diffusion_defaults,
     )
-    from guided_diffusion.training import (
-        diffusion_options,
-        make_preview,
-        train,
-        training_data,
-        training_session,
-    )
+    from guided_diffusion.training import train_diffusion, training_session
 
     with training_session(args):
         flags = args_to_dict(args, sr_model_and_diffusion_defaults())
         model, diffusion = sr_create_model_and_diffusion(**flags)
         shrink = partial(add_low_res, small_size=args.small_size)
-        data = training_data(args, args.large_size, prepare=shrink)
-        preview = make_preview(args, flags, args.large_size, prepare=shrink)
-        train(args, model, diffusion, data, flags, preview=preview, **diffusion_options(args))
+        train_diffusion(args, model, diffusion, flags, args.large_size, prepare=shrink)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,16 @@ def find_mpiexec():
     return path
 
 
+def launcher_words(launcher, ranks):
+    """Return what stands before a Python program in a command that runs it as some ranks."""
+    if launcher == "mpiexec":
+        return [find_mpiexec(), "-n", ranks, sys.executable]
+    return [*TORCHRUN, "--standalone", "--nproc_per_node", ranks]
+
+
 def launch(launcher, *command, cwd, ranks=2):
     """Run a worker program as some ranks; return its exit status and what it printed."""
-    starts = {
-        "mpiexec": [find_mpiexec(), "-n", ranks, sys.executable],
-        "torchrun": [*TORCHRUN, "--standalone", "--nproc_per_node", ranks],
-    }
-    process = start([*starts[launcher], *command], cwd)
-    return finish(process)
+    return finish(start([*launcher_words(launcher, ranks), *command], cwd))
 
 
 def start(command, cwd, **extra):

@@ -3,8 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -12,11 +10,11 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from launching import ROOT, clean_environment, launcher_words
 from PIL import Image
 
 from guided_diffusion import config
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     path.stem: path
     for path in (ROOT / "scripts").glob("*.py")
@@ -100,23 +98,14 @@ def files_below(folder):
 
 
 def environment():
-    """Return an environment without a launcher's variables."""
-    marks = ("SLURM_", "OMPI_", "PMI", "MPI_", "MV2_", "TORCHELASTIC_", "MASTER_", "OPENAI_")
-    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GLOO_SOCKET_IFNAME"}
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(marks) and k not in names}
-    return kept | {"OMP_NUM_THREADS": "1"}
+    """Return an environment without a launcher's variables, and without those of the logger."""
+    kept = clean_environment(OMP_NUM_THREADS="1")
+    return {name: value for name, value in kept.items() if not name.startswith("OPENAI_")}
 
 
 def launch_command(launcher, program, arguments, ranks=2):
     """Return the command that runs a Python program as some ranks of this host."""
-    mpiexec = Path(sys.executable).parent / "mpiexec"
-    starts = {
-        "mpiexec": [str(mpiexec) if mpiexec.exists() else shutil.which("mpiexec"), "-n"],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        + ["--nproc_per_node"],
-    }
-    python = [sys.executable] if launcher == "mpiexec" else []
-    return [*starts[launcher], str(ranks), *python, str(program), *map(str, arguments)]
+    return [*map(str, [*launcher_words(launcher, ranks), program, *arguments])]
 
 
 def launch(launcher, program, arguments, cwd, ranks=2):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 from launching import TORCHRUN, WORKERS, finish, launch, start
@@ -32,18 +33,18 @@ WAITED = r"; rank \d waited in stage 'averaging gradients' for \d+ s \("
 def test_a_lost_rank_ends_the_job(tmp_path, launcher, ranks, ending, message):
     """Whatever befalls a rank, the job ends in time, and someone names the rank and the stage."""
     command = (WORKERS / "hanging.py", TIMEOUT, ending)
+    run = partial(launch, launcher, *command, cwd=tmp_path, ranks=ranks)
+    check_end(f"{launcher} -n {ranks}, a rank {ending}", run, message, TIMEOUT)
+
+
+def check_end(what, run, message, timeout):
+    """Run a job: it must fail for the reason named, and no rank may have waited much too long."""
     began = time.monotonic()
-    status, printed = launch(launcher, *command, cwd=tmp_path, ranks=ranks)
-    check_end(status, printed, message, TIMEOUT)
-    seconds = time.monotonic() - began
-    print(f"\n{launcher} -n {ranks}, a rank {ending}: ended after {seconds:.0f} s, exit {status}")
-
-
-def check_end(status, printed, message, timeout):
-    """Assert that a job failed for the reason named, and that no rank waited much too long."""
+    status, printed = run()
     assert status != 0
     assert re.search(message, printed), printed
     assert all(int(waited) <= timeout + 15 for waited in re.findall(r"for (\d+) s \(", printed))
+    print(f"\n{what}: ended after {time.monotonic() - began:.0f} s, exit {status}")
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
