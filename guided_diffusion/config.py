@@ -7,7 +7,7 @@ nothing heavy, so that `--help` answers at once.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -24,15 +24,19 @@ from .flag_checks import (
     ema_rates,
     fraction,
     image_source,
+    label_list,
     label_source,
     list_of,
     npz_file,
     one_of,
     output_folder,
+    png_file,
     respacing,
     str2bool,
+    weights_file,
 )
 from .flag_parsing import defaults, find_mistake, fixed_names, flag, read_flags, run
+from .presets import PRESETS
 
 __all__ = ["defaults", "find_mistake", "fixed_names", "flag", "parse_flags", "run", "str2bool"]
 
@@ -61,6 +65,13 @@ class RunConfig:
         "seconds after which a rank that waits for another gives up: more than a save takes",
         check=above(0, most=1e7),
     )
+
+
+@dataclass(frozen=True)
+class DryRunConfig:
+    """Before the run; every script has this."""
+
+    dry_run: bool = flag(False, "print flags, parameters, operations and memory, and stop")
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,10 @@ class ClassifierTrainConfig:
 class LoadConfig:
     """The trained model, and how much to do with it."""
 
+    preset: str = flag(
+        "", f"a released or bundled model with its flags: {', '.join(PRESETS)}",
+        check=one_of("", *PRESETS),
+    )  # fmt: skip
     model_path: str = flag(
         "", "checkpoint; the .json beside it gives the flags", check=checkpoint_file, required=True
     )
@@ -179,6 +194,11 @@ class SampleConfig:
     """How images are drawn."""
 
     use_ddim: bool = flag(False, "DDIM instead of ancestral sampling")
+    save_images: bool = flag(False, "write each image as a PNG file, too")
+    save_every_t: int = flag(
+        0, "draw film strips of the first chains, a picture every so many steps (0: none)",
+        check=at_least(0),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -186,8 +206,14 @@ class LabelConfig:
     """Of which classes."""
 
     classes: str = flag(
-        "", "classes to draw, in turn, such as 207,360 (default: random)", check=class_list
-    )
+        "", "classes to draw, in turn, by number or name, such as 207,360 (default: random)",
+        check=class_list,
+    )  # fmt: skip
+    class_balanced: bool = flag(False, "draw all classes in turn, equally often")
+    labels_file: str = flag(
+        "", "the classes to draw, in turn: a line each in a .txt or .csv, or an .npy or .npz",
+        check=label_list,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,8 +229,32 @@ class BaseSamplesConfig:
     """The images to upsample."""
 
     base_samples: str = flag(
-        "", "npz of small images, as a sampler writes it", check=npz_file, required=True
-    )
+        "", "small images: an npz, as a sampler writes it, or a folder or zip of image files",
+        check=image_source, required=True,
+    )  # fmt: skip
+    low_res_noise: float = flag(
+        0.0, "noise added to them, its standard deviation where pixels range over [-1, 1]",
+        check=between(0, 10),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """Which images to show, and where."""
+
+    npz: str = flag("", "npz of images, as a sampler writes it", check=npz_file, required=True)
+    out: str = flag("", "PNG to write (default: beside the npz)", check=png_file)
+    start: int = flag(0, "number of the first image to show", check=at_least(0))
+    num_images: int = flag(100, "most images to show", check=count(10**5))
+    columns: int = flag(0, "images in a row (0: as many as make it square)", check=at_least(0))
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert into what."""
+
+    source: str = flag("", "checkpoint to read", check=checkpoint_file, required=True)
+    target: str = flag("", "file to write, .pt or .safetensors", check=weights_file, required=True)
 
 
 @dataclass(frozen=True)
@@ -339,12 +389,12 @@ def find_conflict(flags: dict[str, Any]) -> str | None:
         return f"--label_dropout {get('label_dropout')} needs labels: give --class_cond True too"
     if get("classifier_scale") and get("classifier_path") == "":
         return "--classifier_path is missing: give it, or --classifier_scale 0 to do without"
-    if get("classes"):
-        if not get("class_cond") and "classifier_path" not in flags:
-            return f"--classes {get('classes')} needs a model with --class_cond True: leave it out"
-        if max(map(int, get("classes").split(","))) >= get("num_classes"):
-            known = f"the model knows the classes 0 to {get('num_classes') - 1}"
-            return f"--classes {get('classes')} is out of range: {known}"
+    chosen = [name for name in ("classes", "class_balanced", "labels_file") if get(name)]
+    if len(chosen) > 1:
+        return f"--{chosen[0]} and --{chosen[1]} both choose the classes: give one of them"
+    if chosen and not get("class_cond") and "classifier_path" not in flags:
+        shown = f"--{chosen[0]} {get(chosen[0])}"
+        return f"{shown} needs a model with --class_cond True: leave it out"
     return None
 
 
@@ -353,8 +403,10 @@ def parse_flags(
     *groups: type,
     argv: Iterable[str] | None = None,
     overrides: dict[str, Any] | None = None,
+    positional: Sequence[str] = (),
 ) -> argparse.Namespace:
     """Read a command line; a mistake ends the process. See `flag_parsing.read_flags`."""
     return read_flags(
-        description, *groups, argv=argv, overrides=overrides, find_conflict=find_conflict
-    )
+        description, *groups, DryRunConfig, argv=argv, overrides=overrides, positional=positional,
+        find_conflict=find_conflict,
+    )  # fmt: skip

@@ -102,9 +102,12 @@ def ema_rates(value: str) -> str | None:
 
 
 def class_list(value: str) -> str | None:
-    """Accept comma-separated class numbers (or an empty string)."""
-    good = re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", value, re.ASCII) or not value
-    return None if good else "must be class numbers with commas between, such as 207,360"
+    """Accept comma-separated class numbers or names (or an empty string)."""
+    items = [item.strip() for item in value.split(",")] if value else []
+    if not all(items):
+        return "must be class numbers or names with commas between, such as 207,360"
+    negative = next((item for item in items if re.fullmatch(r"-\d+", item, re.ASCII)), None)
+    return f"holds {negative}: classes are numbered from 0 on" if negative else None
 
 
 def respacing(value: str) -> str | None:
@@ -167,6 +170,31 @@ def label_source(value: str) -> str | None:
     return None if is_remote(value) or os.path.isfile(value) else "does not exist: give its path"
 
 
+LABEL_LISTS = (".txt", ".csv", ".npy", ".npz")
+
+
+def label_list(value: str) -> str | None:
+    """Accept the path of a list of labels, or an empty string; what is in it shows later."""
+    if value and not value.lower().endswith(LABEL_LISTS):
+        return f"must be a file ending in {', '.join(LABEL_LISTS)}"
+    return _file(value, "give the path of a list of classes")
+
+
+def output_file(*endings: str) -> Check:
+    """Accept a local path with one of some endings, in a folder that can be written, or ""."""
+
+    def check(value: str) -> str | None:
+        if not value:
+            return None
+        if not value.lower().endswith(endings):
+            return f"must end in {' or '.join(endings)}"
+        if os.path.isdir(value):
+            return "is a folder: give the name of a file in it"
+        return output_folder(os.path.dirname(value) or ".")
+
+    return check
+
+
 def output_folder(value: str) -> str | None:
     """Accept a folder that can be written or made, or an empty string."""
     if not value:
@@ -183,4 +211,10 @@ def output_folder(value: str) -> str | None:
     return None
 
 
-PATHS = (checkpoint_file, checkpoint_source, npz_file, image_source, label_source, output_folder)
+png_file = output_file(".png")
+weights_file = output_file(".pt", ".safetensors")
+
+PATHS = (
+    checkpoint_file, checkpoint_source, npz_file, image_source, label_source, label_list,
+    output_folder, png_file, weights_file,
+)  # fmt: skip

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -112,6 +112,7 @@ def read_flags(
     *groups: type,
     argv: Iterable[str] | None = None,
     overrides: dict[str, Any] | None = None,
+    positional: Sequence[str] = (),
     find_conflict: Callable[[dict[str, Any]], str | None],
 ) -> argparse.Namespace:
     """Read a command line into a namespace of flag values; a mistake ends the process.
@@ -121,6 +122,7 @@ def read_flags(
         groups: the dataclasses whose flags the program has.
         argv: the command line, sys.argv[1:] by default.
         overrides: defaults of this program where they differ.
+        positional: flags whose values may stand at the front without the flags' names.
         find_conflict: says which flags do not go together.
 
     Returns:
@@ -133,7 +135,9 @@ def read_flags(
         section = parser.add_argument_group(group.__doc__.rstrip("."))
         for f in fields(group):
             _add_flag(section, f, values[f.name])
-    given = vars(parser.parse_args(None if argv is None else list(argv)))
+    given = vars(
+        parser.parse_args(_name_values(sys.argv[1:] if argv is None else argv, positional))
+    )
     values |= given
     mistakes = [find_mistake(f, values[f.name]) for group in groups for f in fields(group)]
     if "model_path" not in values:  # else a file will complete the flags
@@ -141,6 +145,15 @@ def read_flags(
     for mistake in filter(None, mistakes):
         parser.error(mistake)
     return argparse.Namespace(**values, given=set(given))
+
+
+def _name_values(argv: Iterable[str], positional: Sequence[str]) -> list[str]:
+    """Put the names of flags before the values at the front of a command line."""
+    words, names = list(argv), list(positional)
+    named = []
+    while words and names and not words[0].startswith("-"):
+        named += [f"--{names.pop(0)}", words.pop(0)]
+    return named + words
 
 
 def run(main: Callable[[], None]) -> None:
