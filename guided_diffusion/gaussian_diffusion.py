@@ -18,7 +18,16 @@ from torch import Tensor
 
 from .losses import discretized_gaussian_log_likelihood, normal_kl
 from .nn import mean_flat
-from .sampling import Cond, CondFn, Denoiser, SamplingMethods, Step, XStartFn
+from .sampling import (
+    Cond,
+    CondFn,
+    Denoiser,
+    NoiseFn,
+    SamplingMethods,
+    Step,
+    XStartFn,
+    noise_like,
+)
 from .schedules import (  # noqa: F401 - the published home of these names
     SCHEDULES,
     betas_for_alpha_bar,
@@ -373,6 +382,7 @@ class GaussianDiffusion(DiffusionTables, SamplingMethods):
         x_start: Tensor,
         clip_denoised: bool = True,
         model_kwargs: Cond | None = None,
+        noise_fn: NoiseFn | None = None,
     ) -> dict[str, Tensor]:
         """Evaluate the whole bound on -log p(x_0), in bits per dimension, with one draw per step.
 
@@ -381,6 +391,8 @@ class GaussianDiffusion(DiffusionTables, SamplingMethods):
             x_start: images [N, C, ...] in [-1, 1].
             clip_denoised: limit the predicted x_0 to [-1, 1].
             model_kwargs: further arguments of the network, such as labels.
+            noise_fn: draws the noise of each step, `noise_fn(x_start)`; None for the global
+                generator.
 
         Returns:
             `total_bpd` [N] and its parts `prior_bpd` [N] and `vb` [N, T]; the squared errors of
@@ -390,7 +402,7 @@ class GaussianDiffusion(DiffusionTables, SamplingMethods):
         columns = {"vb": [], "xstart_mse": [], "mse": []}
         for i in range(self.num_timesteps - 1, -1, -1):
             t = torch.full((len(x_start),), i, device=x_start.device)
-            noise = torch.randn_like(x_start)
+            noise = noise_like(x_start, noise_fn)
             x_t = self.q_sample(x_start, t, noise=noise)
             out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])

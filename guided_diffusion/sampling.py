@@ -17,14 +17,18 @@ from tqdm.auto import tqdm
 Denoiser = Callable[..., Tensor]  # (x_t [N, C, ...], t [N], **cond) -> [N, C or 2C, ...]
 CondFn = Callable[..., Tensor]  # same arguments -> gradient of log p(y | x_t), shaped like x_t
 XStartFn = Callable[[Tensor], Tensor]  # edits a predicted x_0 before it is used
+NoiseFn = Callable[[Tensor], Tensor]  # x -> standard normal noise, shaped like x
 Cond = dict[str, Any]  # keyword arguments of the network and of the guidance gradient
 Device = torch.device | str | None
 Step = dict[str, Tensor]  # "sample" and "pred_xstart", each [N, C, ...]
 
 
-def noise_like(x: Tensor) -> Tensor:
-    """Draw the noise of one step, shaped like `x`: the only place where steps draw."""
-    return torch.randn_like(x)
+def noise_like(x: Tensor, noise_fn: NoiseFn | None = None) -> Tensor:
+    """Draw the noise of one step, shaped like `x`: the only place where steps draw.
+
+    From the global generator, as published, or from `noise_fn`.
+    """
+    return torch.randn_like(x) if noise_fn is None else noise_fn(x)
 
 
 def ancestral_step(
@@ -35,6 +39,7 @@ def ancestral_step(
     *,
     cond_fn: CondFn | None = None,
     model_kwargs: Cond | None = None,
+    noise_fn: NoiseFn | None = None,
     **options: Any,
 ) -> Step:
     """Draw x_{t-1} from p(x_{t-1} | x_t) (DDPM, algorithm 2).
@@ -49,10 +54,11 @@ def ancestral_step(
         t: integer timesteps [N] of the process.
         cond_fn: the gradient of log p(y | x_t), or None.
         model_kwargs: keyword arguments for `model` and `cond_fn`.
+        noise_fn: draws the noise; None for the global generator.
         options: `clip_denoised` and `denoised_fn` of `p_mean_variance`.
     """
     out = process.p_mean_variance(model, x, t, model_kwargs=model_kwargs, **options)
-    noise = noise_like(x)
+    noise = noise_like(x, noise_fn)
     mean = out["mean"]
     if cond_fn is not None:
         mean = process.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
@@ -70,12 +76,14 @@ def ddim_step(
     cond_fn: CondFn | None = None,
     model_kwargs: Cond | None = None,
     eta: float = 0.0,
+    noise_fn: NoiseFn | None = None,
     **options: Any,
 ) -> Step:
     """Go from x_t to x_{t-1} along the implicit model (DDIM, eqs. 12 and 16).
 
     A guidance gradient enters the predicted noise (ADM, algorithm 2); x_0 is then recomputed and
-    not clipped again. The noise is drawn for eta = 0 too, so eta does not shift later draws.
+    not clipped again. The global generator is drawn from for eta = 0 too, as published, so that
+    eta does not shift later draws.
 
     Args:
         process: gives the prediction of x_0.
@@ -85,6 +93,7 @@ def ddim_step(
         cond_fn: the gradient of log p(y | x_t), or None.
         model_kwargs: keyword arguments for `model` and `cond_fn`.
         eta: 0 (deterministic) to 1 (as noisy as DDPM).
+        noise_fn: draws the noise, unless eta is 0; None for the global generator.
         options: `clip_denoised` and `denoised_fn` of `p_mean_variance`.
     """
     out = process.p_mean_variance(model, x, t, model_kwargs=model_kwargs, **options)
@@ -98,7 +107,9 @@ def ddim_step(
     # The clamp catches rounding: with eta = 1 and a_t near 0 the difference is nearly 0.
     remaining = process.lookup("_one_minus_alphas_cumprod_prev", t, x) - sigma**2
     mean = x_start * a_prev.sqrt() + remaining.clamp(min=0).sqrt() * eps
-    return {"sample": mean + sigma * noise_like(x), "pred_xstart": x_start}
+    if eta == 0 and noise_fn is not None:
+        return {"sample": mean, "pred_xstart": x_start}
+    return {"sample": mean + sigma * noise_like(x, noise_fn), "pred_xstart": x_start}
 
 
 def ddim_reverse_step(
@@ -135,12 +146,13 @@ def run_chain(
     step: Callable[[Tensor, Tensor], Step],
     model: Denoiser,
     shape: Sequence[int],
-    num_steps: int,
+    timesteps: Sequence[int],
     noise: Tensor | None = None,
     device: Device = None,
     progress: bool = False,
+    noise_fn: NoiseFn | None = None,
 ) -> Iterator[Step]:
-    """Yield `step(x, t)` for t = num_steps - 1, ..., 0, feeding each sample to the next step.
+    """Yield `step(x, t)` for each of the timesteps, feeding each sample to the next.
 
     The loop reads `sample` back after the yield: a consumer may replace it and so steer the chain.
 
@@ -148,15 +160,19 @@ def run_chain(
         step: `(x, t) -> Step` with everything else bound.
         model: the network; asked for its device only.
         shape: the shape (N, C, ...) of the batch.
-        num_steps: the number of steps.
-        noise: x_T, or None to draw it from the global generator on `device`.
+        timesteps: from the first step to the last.
+        noise: where the chain starts, or None to draw it on `device`.
         device: where to sample; None for where the network's parameters are.
         progress: show a tqdm bar.
+        noise_fn: draws `noise`, if that is None; None for the global generator.
     """
     assert isinstance(shape, (tuple, list)), f"shape must be a tuple or a list, got {shape!r}"
     device = model_device(model, noise) if device is None else device
-    x = torch.randn(*shape, device=device) if noise is None else noise
-    for i in tqdm(range(num_steps - 1, -1, -1), disable=not progress):
+    if noise is None:
+        x = torch.empty(*shape, device=device)
+        noise = x.normal_() if noise_fn is None else noise_fn(x)
+    x = noise
+    for i in tqdm(timesteps, disable=not progress):
         out = step(x, torch.full((shape[0],), i, dtype=torch.int64, device=device))
         yield out
         x = out["sample"]
@@ -191,7 +207,9 @@ class SamplingMethods:
       sample, None for where the network's parameters are; `progress`, show a tqdm bar;
     * `clip_denoised`, limit the predicted x_0 to [-1, 1]; `denoised_fn`, edits it before that;
     * `cond_fn`, gradient of log p(y | x_t), called as `cond_fn(x, t, **model_kwargs)`;
-    * `eta`, the noise of DDIM: 0 is deterministic, 1 as noisy as ancestral sampling.
+    * `eta`, the noise of DDIM: 0 is deterministic, 1 as noisy as ancestral sampling;
+    * `noise_fn`, the source of all noise, called as `noise_fn(x)`: first for the start, if `noise`
+      is None, then once a step that needs some; None for torch's global generator.
 
     Steps return a dict with `sample` and `pred_xstart`; progressive loops yield these dicts, from
     the noisiest step to the last; the other loops return the last sample, [N, C, ...].
@@ -206,6 +224,7 @@ class SamplingMethods:
         denoised_fn: XStartFn | None = None,
         cond_fn: CondFn | None = None,
         model_kwargs: Cond | None = None,
+        noise_fn: NoiseFn | None = None,
     ) -> Step:
         """Draw x_{t-1} from p(x_{t-1} | x_t): see `ancestral_step`."""
         return ancestral_step(
@@ -217,6 +236,7 @@ class SamplingMethods:
             denoised_fn=denoised_fn,
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
+            noise_fn=noise_fn,
         )
 
     def p_sample_loop(
@@ -230,9 +250,10 @@ class SamplingMethods:
         model_kwargs: Cond | None = None,
         device: Device = None,
         progress: bool = False,
+        noise_fn: NoiseFn | None = None,
     ) -> Tensor:
         """Sample a batch by ancestral sampling."""
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress)
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_fn)
         return last_sample(self.p_sample_loop_progressive(model, shape, noise, *options))
 
     def p_sample_loop_progressive(
@@ -246,6 +267,7 @@ class SamplingMethods:
         model_kwargs: Cond | None = None,
         device: Device = None,
         progress: bool = False,
+        noise_fn: NoiseFn | None = None,
     ) -> Iterator[Step]:
         """Yield every step of ancestral sampling."""
         step = partial(
@@ -255,8 +277,10 @@ class SamplingMethods:
             denoised_fn=denoised_fn,
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
+            noise_fn=noise_fn,
         )
-        return run_chain(step, model, shape, self.num_timesteps, noise, device, progress)
+        downwards = range(self.num_timesteps - 1, -1, -1)
+        return run_chain(step, model, shape, downwards, noise, device, progress, noise_fn)
 
     def ddim_sample(
         self,
@@ -268,6 +292,7 @@ class SamplingMethods:
         cond_fn: CondFn | None = None,
         model_kwargs: Cond | None = None,
         eta: float = 0.0,
+        noise_fn: NoiseFn | None = None,
     ) -> Step:
         """Go from x_t to x_{t-1} by DDIM: see `ddim_step`."""
         return ddim_step(
@@ -280,6 +305,7 @@ class SamplingMethods:
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
             eta=eta,
+            noise_fn=noise_fn,
         )
 
     def ddim_reverse_sample(
@@ -316,10 +342,12 @@ class SamplingMethods:
         device: Device = None,
         progress: bool = False,
         eta: float = 0.0,
+        noise_fn: NoiseFn | None = None,
     ) -> Tensor:
         """Sample a batch by DDIM."""
         options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta)
-        return last_sample(self.ddim_sample_loop_progressive(model, shape, noise, *options))
+        chain = self.ddim_sample_loop_progressive(model, shape, noise, *options, noise_fn=noise_fn)
+        return last_sample(chain)
 
     def ddim_sample_loop_progressive(
         self,
@@ -333,6 +361,7 @@ class SamplingMethods:
         device: Device = None,
         progress: bool = False,
         eta: float = 0.0,
+        noise_fn: NoiseFn | None = None,
     ) -> Iterator[Step]:
         """Yield every step of DDIM."""
         step = partial(
@@ -343,5 +372,48 @@ class SamplingMethods:
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
             eta=eta,
+            noise_fn=noise_fn,
         )
-        return run_chain(step, model, shape, self.num_timesteps, noise, device, progress)
+        downwards = range(self.num_timesteps - 1, -1, -1)
+        return run_chain(step, model, shape, downwards, noise, device, progress, noise_fn)
+
+    def ddim_reverse_sample_loop(
+        self,
+        model: Denoiser,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: XStartFn | None = None,
+        model_kwargs: Cond | None = None,
+        device: Device = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Encode images x_start [N, C, ...] in [-1, 1] as the noise that DDIM makes them from.
+
+        That is x at the last timestep of this process, which `ddim_sample_loop` takes as `noise`.
+        What it makes of it differs from x_start by the error of the steps, which shrinks with
+        their number; clipping adds to it.
+        """
+        options = (clip_denoised, denoised_fn, model_kwargs, device, progress)
+        return last_sample(self.ddim_reverse_sample_loop_progressive(model, x_start, *options))
+
+    def ddim_reverse_sample_loop_progressive(
+        self,
+        model: Denoiser,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: XStartFn | None = None,
+        model_kwargs: Cond | None = None,
+        device: Device = None,
+        progress: bool = False,
+    ) -> Iterator[Step]:
+        """Yield every step of the way from x_start up to the last timestep."""
+        step = partial(
+            self.ddim_reverse_sample,
+            model,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+        )
+        # A clean image counts as x at t = 0; the step at t = T - 2 leads to T - 1.
+        upwards = range(self.num_timesteps - 1)
+        return run_chain(step, model, tuple(x_start.shape), upwards, x_start, device, progress)

@@ -5,7 +5,7 @@ rank that holds it, or what was drawn before. So a run that is stopped and goes 
 with other ranks, draws the same numbers. The generator is NumPy's Philox, which is counter-based.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ TIMESTEP, TRAIN_NOISE = 6, 7  # of a training image: t, and the noise in x_t
 VAL_TIMESTEP, VAL_NOISE = 8, 9  # of a validation image: the same
 START = 10  # of a rank at a place in the run: dropout; see train_state.seed_rank
 SAMPLE = 11  # of an image drawn while training
+LOW_RES = 12  # of a sample: the noise added to the small image that is upsampled
 
 
 def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
@@ -72,3 +73,53 @@ class NoiseAhead:
         ahead = self._thread.submit(self._draw, following, shape=shape)
         self._awaited = (following, shape), ahead
         return noise
+
+
+class ChainNoise:
+    """The noise of a batch of samples, one block after the other, drawn while the network works.
+
+    First the starting noise of each image, then the noise of each step of its chain. What an image
+    gets depends on the seed, its index and the number of the block alone.
+
+    Args:
+        thread: draws the next block.
+        seed: of the run.
+        indices: of the images.
+        shape: of an image.
+    """
+
+    def __init__(
+        self, thread: ThreadPoolExecutor, seed: int, indices: Iterable[int], shape: tuple[int, ...]
+    ):
+        self._thread = thread
+        self._blocks = self._draw(seed, list(indices), shape)
+        self._awaited = thread.submit(next, self._blocks)
+
+    @staticmethod
+    def _draw(seed: int, indices: list[int], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        yield normal(seed, indices, NOISE, shape)
+        chains = [stream(seed, index, CHAIN) for index in indices]
+        while True:
+            block = np.empty((len(indices), *shape), np.float32)
+            for row, chain in zip(block, chains, strict=True):
+                chain.standard_normal(dtype=np.float32, out=row)
+            yield block
+
+    def take(self) -> np.ndarray:
+        """Return the next block, float32 [N, *shape], and let the one after it be drawn."""
+        block = self._awaited.result()
+        self._awaited = self._thread.submit(next, self._blocks)
+        return block
+
+
+def chain_noises(
+    seed: int, batches: Iterable[range], shape: tuple[int, ...]
+) -> Iterator[tuple[range, ChainNoise]]:
+    """Yield each batch of images with its noise; that of the next batch is begun before."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise") as thread:
+        made = ((indices, ChainNoise(thread, seed, indices, shape)) for indices in batches)
+        present = next(made, None)
+        while present is not None:
+            following = next(made, None)
+            yield present
+            present = following
