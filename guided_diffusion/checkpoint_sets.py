@@ -200,7 +200,7 @@ class SetWriter:
 
 @contextmanager
 def reserved(folder: str) -> Iterator[None]:
-    """Keep other training runs out of a folder within the block; they would mix their sets.
+    """Keep other runs out of a folder within the block; they would mix their files.
 
     Rank 0 locks the folder itself, as far as its disk knows locks; the lock ends with the process
     and, up to seconds later, with the processes that read images for it.
@@ -236,7 +236,7 @@ def _lock(folder: str) -> int | None:
             if time.monotonic() > deadline:
                 os.close(handle)
                 raise ValueError(
-                    f"--log_dir {folder} is in use by another training run: wait for its end, or "
+                    f"--log_dir {folder} is in use by another run: wait for its end, or "
                     "choose another folder"
                 ) from error
             time.sleep(0.1)

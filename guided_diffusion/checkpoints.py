@@ -9,6 +9,7 @@ module imports no torch, so that flags can be checked at once.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from . import dist_util
+from . import dist_util, weight_files
 from .flag_checks import is_remote
 from .launchers import first_line
 
@@ -84,6 +85,15 @@ def size_of(path: str) -> int | None:
     return _remote("stat", path).size if is_remote(path) else os.path.getsize(path)
 
 
+def digest(path: str) -> str:
+    """Return the SHA-256 of a local or remote file, in hexadecimal."""
+    total = hashlib.sha256()
+    with _remote("BlobFile", path, "rb") if is_remote(path) else open(path, "rb") as file:
+        while block := file.read(2**20):
+            total.update(block)
+    return total.hexdigest()
+
+
 def remove(path: str) -> None:
     """Remove a local or remote file, if it is there."""
     if exists(path):
@@ -123,18 +133,20 @@ def write_bytes(path: str, content: bytes) -> None:
     write_file(path, lambda file: file.write(content))
 
 
-def write_file(path: str, write: Callable[[Any], None]) -> None:
+def write_file(path: str, write: Callable[[Any], None], durable: bool = True) -> None:
     """Write a file so that `path` never holds half of it, even if the machine loses its power.
 
     Args:
         path: local or remote.
         write: fills an open binary file.
+        durable: wait until the disk has it; else the file of a machine that loses its power may
+            be missing or empty.
 
     Raises:
         OSError: if it cannot be written; one line that names it. No temporary file is left then.
     """
     try:
-        _write_remote(path, write) if is_remote(path) else _write_local(path, write)
+        _write_remote(path, write) if is_remote(path) else _write_local(path, write, durable)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise OSError(
             f"{path} cannot be written ({_why(error, path)}): make room there, or choose another "
@@ -171,19 +183,21 @@ def _write_remote(path: str, write: Callable[[Any], None]) -> None:
         write(file)
 
 
-def _write_local(path: str, write: Callable[[Any], None]) -> None:
+def _write_local(path: str, write: Callable[[Any], None], durable: bool) -> None:
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             os.remove(temporary)
         raise
-    _sync_folder(os.path.dirname(path) or ".")
+    if durable:
+        _sync_folder(os.path.dirname(path) or ".")
 
 
 def _sync_folder(folder: str) -> None:
@@ -197,10 +211,8 @@ def _sync_folder(folder: str) -> None:
 
 
 def save(path: str, state: Any) -> None:
-    """Save tensors at `path`, atomically."""
-    import torch
-
-    write_file(path, lambda file: torch.save(state, file))
+    """Save tensors at `path`, atomically, in the format that its ending tells."""
+    write_file(path, lambda file: weight_files.save(file, path, state))
 
 
 def save_flags(path: str, flags: dict[str, Any]) -> None:
@@ -248,29 +260,32 @@ def kind_of(flags: dict[str, Any]) -> str:
     return "classifier" if "classifier_width" in flags else "diffusion model"
 
 
-def read_weights(model: nn.Module, path: str, hint: str = "") -> dict[str, Tensor]:
+def read_weights(
+    model: nn.Module, path: str, hint: str = "", mmap: bool = False
+) -> dict[str, Tensor]:
     """Read the weights of `model` from checkpoint `path`. Every rank reads for itself.
 
     Args:
-        model: the network that they must fit.
+        model: the network that they must fit; it may be on the meta device.
         path: a state dict, as `save` or the published code wrote it.
         hint: what to do about weights of another network.
+        mmap: map the file into memory if that is possible, for weights that are copied at once.
 
     Raises:
         ValueError: if the file cannot be read or its tensors do not fit the network.
     """
-    weights = _read_tensors(path)
+    weights = read_tensors(path, mmap)
     problem = _mismatch(model.state_dict(), weights)
     if problem:
         raise ValueError(f"{path} does not fit the network of these flags: {problem}{hint}")
     return weights
 
 
-def _read_tensors(path: str) -> dict[str, Tensor]:
-    """Read a file that must hold a state dict."""
+def read_tensors(path: str, mmap: bool = False) -> dict[str, Tensor]:
+    """Read a file that must hold a state dict; see `read_weights`."""
     import torch
 
-    weights = dist_util.load_state_dict(path, map_location="cpu")
+    weights = dist_util.load_state_dict(path, map_location="cpu", mmap=mmap)
     if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
         raise ValueError(
             f"{path} holds no weights: give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt, not the "
@@ -281,7 +296,7 @@ def _read_tensors(path: str) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, path: str, hint: str = "") -> None:
     """Load checkpoint `path` into `model`; see `read_weights`."""
-    model.load_state_dict(read_weights(model, path, hint))
+    model.load_state_dict(read_weights(model, path, hint, mmap=True))
 
 
 def load_what_fits(model: nn.Module, path: str) -> tuple[int, list[str]]:
@@ -293,7 +308,7 @@ def load_what_fits(model: nn.Module, path: str) -> tuple[int, list[str]]:
     Raises:
         ValueError: if the file cannot be read, or nothing in it fits.
     """
-    mine, weights = model.state_dict(), _read_tensors(path)
+    mine, weights = model.state_dict(), read_tensors(path, mmap=True)
     fitting = {k: v for k, v in weights.items() if k in mine and v.shape == mine[k].shape}
     if not fitting:
         raise ValueError(f"--init_from {path} has no tensor that fits the network of these flags")

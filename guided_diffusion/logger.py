@@ -174,10 +174,12 @@ def configure(
     _begin(new)
 
 
-def _begin(new: Logger) -> None:
-    """Make this the current logger."""
+def _begin(new: Logger, greeting: Callable[[str], str] | None = None) -> None:
+    """Make this the current logger, which begins with what `greeting` says of its folder."""
     global _current
     _current = new
+    if greeting is not None:
+        new.log(greeting(new.dir))
     if new.dir:
         new.log(f"Logging to {new.dir}")
 
@@ -254,11 +256,19 @@ def scoped_configure(
     dir: str | os.PathLike | None = None,
     format_strs: Iterable[str] | None = None,
     comm: Any = None,
+    greeting: Callable[[str], str] | None = None,
 ) -> Iterator[None]:
-    """Log into a folder within a block, close its files after it, then go on as before."""
+    """Log into a folder within a block, close its files after it, then go on as before.
+
+    Args:
+        dir: as for `configure`, like the next two.
+        format_strs: names of formats.
+        comm: averages.
+        greeting: the folder -> the first line of the log; None for no such line.
+    """
     global _current
     before = _current
-    _begin(_make_logger(dir, format_strs, comm))
+    _begin(_make_logger(dir, format_strs, comm), greeting)
     try:
         yield
     finally:
@@ -281,7 +291,10 @@ class Ranks:
 
 @contextmanager
 def session(
-    dir: str | os.PathLike | None = None, tensorboard: bool = False, comm: Any = None
+    dir: str | os.PathLike | None = None,
+    tensorboard: bool = False,
+    comm: Any = None,
+    greeting: Callable[[str], str] | None = None,
 ) -> Iterator[None]:
     """Log into a folder within the block that a script runs in, first who takes part in the job.
 
@@ -292,11 +305,12 @@ def session(
         dir: as for `configure`.
         tensorboard: write TensorBoard's files on rank 0, too.
         comm: as for `configure`.
+        greeting: as for `scoped_configure`.
     """
     names = _default_formats(dist_util.get_rank())
     if tensorboard and dist_util.is_main() and "tensorboard" not in names:
         names = [*names, "tensorboard"]
-    with scoped_configure(dir, names, comm):
+    with scoped_configure(dir, names, comm, greeting):
         logger = _current
         for line in dist_util.describe_ranks():
             logger.log(line)

@@ -1,13 +1,17 @@
-"""From trained checkpoints to files: loading models, drawing or scoring images, writing them.
+"""From trained checkpoints to images: loading models, drawing, scoring.
 
-Every image has an index. Its starting noise and its label are functions of the seed and that
-index alone; ranks take the batches in turn, and rank 0 writes everything in the order of index.
+Every image has an index. Its noise and its label are functions of the seed and that index alone,
+so neither batches nor ranks nor interruptions change it; ranks take the batches in turn.
 """
 
 import argparse
-import io
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+import shlex
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,11 +21,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoints, config, dist_util, logger, script_util, trained_flags
+from .base_samples import BaseSamples
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import CondFn, classifier_guidance
-from .pictures import class_names as class_names  # what the scripts call through this module
-from .pictures import save_grid, to_uint8
-from .streams import CHAIN, LABEL, NOISE, derived_seed, normal, stream
+from .pictures import to_uint8
+from .sample_files import IN_FILM, INDIFFERENT, SampleFiles
+from .sample_labels import Labels, choose_classes, known_names
+from .sampling import Step
+from .script_util import choose_seed
+from .streams import ChainNoise, chain_noises
 
 CREATE = {  # what a checkpoint may be (see trained_flags.KINDS) -> what builds it
     "diffusion model": script_util.create_model_and_diffusion,
@@ -82,144 +90,138 @@ def _ready(model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
     return model.eval()
 
 
-class BaseSamples:
-    """The small images of --base_samples; sample i upsamples image i mod their number.
-
-    Args:
-        args: gives base_samples, small_size, in_channels, class_cond, num_classes, num_samples.
-
-    Attributes:
-        images: uint8 [M, small_size, small_size, C].
-        labels: the label of each sample, int64 [num_samples], or None if the file has none.
-
-    Raises:
-        ValueError: if the file is no npz with arr_0 and, under class_cond, arr_1 of this kind.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        path = args.base_samples
-        self.images, labels = _read_samples(path)
-        size, count = (args.small_size, args.small_size, args.in_channels), len(self.images)
-        if self.images.dtype != np.uint8 or self.images.shape[1:] != size or count == 0:
-            raise ValueError(
-                f"--base_samples {path} holds {self.images.dtype} {list(self.images.shape)}; "
-                f"the upsampler takes uint8 [N, {size[0]}, {size[1]}, {size[2]}]"
-            )
-        if labels is None and args.class_cond:
-            raise ValueError(f"--base_samples {path} has no labels (arr_1), as --class_cond needs")
-        if labels is not None:
-            if labels.shape != (count,) or labels.dtype.kind not in "iu":
-                raise ValueError(f"--base_samples {path}: arr_1 must hold {count} whole numbers")
-            if labels.min() < 0 or labels.max() >= args.num_classes:
-                raise ValueError(
-                    f"--base_samples {path} has labels from {labels.min()} to {labels.max()}; "
-                    f"--num_classes {args.num_classes} allows 0 to {args.num_classes - 1}"
-                )
-            labels = np.resize(labels.astype(np.int64), args.num_samples)
-        self.labels = labels
-
-    def low_res(self, indices: range) -> dict[str, Tensor]:
-        """Return the input of some samples as {"low_res": [N, C, H, W] in [-1, 1]}."""
-        chosen = self.images[np.array(indices) % len(self.images)]
-        x = torch.from_numpy(chosen).permute(0, 3, 1, 2).float()
-        return {"low_res": x / 127.5 - 1}
-
-
-def _read_samples(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read arr_0 and, if it is there, arr_1 of an npz file; nothing in it is ever unpickled."""
-    if not checkpoints.exists(path):
-        raise ValueError(f"--base_samples {path}: there is no such file")
-    try:
-        with np.load(io.BytesIO(checkpoints.read_file(path)), allow_pickle=False) as arrays:
-            return arrays["arr_0"], arrays["arr_1"] if "arr_1" in arrays.files else None
-    except Exception as error:  # a broken file raises one of many kinds in numpy and zipfile
-        raise ValueError(f"--base_samples {path} is no npz of images (arr_0): {error}") from error
-
-
-# --------------------------------------------------------------------------------------------
-# What is random
-
-
-def start_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
-    """Return x_T of some images, float32 [N, *shape]."""
-    return torch.from_numpy(normal(seed, indices, NOISE, shape))
-
-
-def seed_chain(seed: int, start: int) -> None:
-    """Seed the noise within the chain of the batch that begins at index `start`."""
-    torch.manual_seed(derived_seed(seed, start, CHAIN))
-
-
-def choose_labels(args: argparse.Namespace, seed: int) -> np.ndarray:
-    """Return the label of each of --num_samples images, int64 [N]: random, or --classes in turn.
-
-    Raises:
-        ValueError: if a class is out of range; the scripts find that earlier.
-    """
-    if not args.classes:
-        indices = range(args.num_samples)
-        draws = [stream(seed, i, LABEL).integers(args.num_classes) for i in indices]
-        return np.array(draws, dtype=np.int64)
-    chosen = np.array([int(item) for item in args.classes.split(",")], dtype=np.int64)
-    if chosen.max() >= args.num_classes:
-        raise ValueError(f"--classes {args.classes} must lie within 0 to {args.num_classes - 1}")
-    return np.resize(chosen, args.num_samples)
-
-
 # --------------------------------------------------------------------------------------------
 # Drawing and scoring
+
+
+@contextmanager
+def sampling(
+    args: argparse.Namespace, size: int, base: BaseSamples | None = None
+) -> Iterator[tuple[SampleFiles, Labels | None]]:
+    """Join the ranks, open the log, and find out which samples there are already.
+
+    Args:
+        args: the command line of a script that draws samples, completed.
+        size: height and width of the samples.
+        base: the images that an upsampler enlarges, else None.
+
+    Yields:
+        the files of the samples, and their labels, None if they have none.
+
+    Raises:
+        ValueError: if the folder holds samples of other flags.
+    """
+    chosen = base.labels if base else choose_classes(args) if hasattr(args, "classes") else None
+    takes_labels = args.class_cond or hasattr(args, "classifier_scale")
+    shape = (args.num_samples, size, size, args.in_channels)
+    with (
+        dist_util.process_group(args.device, args.dist_timeout),
+        logger.session(
+            args.log_dir, greeting=None if args.log_dir else partial(_how_to_go_on, args)
+        ),
+    ):
+        for note in getattr(args, "notes", []):
+            logger.log(note)
+        with dist_util.stage("reading the checkpoints"):
+            flags = _flags_that_count(args, chosen, base) if dist_util.is_main() else None
+            flags = dist_util.broadcast_object(flags)
+        files = SampleFiles(logger.get_dir(), shape, flags)
+        with files.claimed(args.seed, choose_seed):
+            labels = Labels(chosen, args.num_classes, files.seed)
+            yield files, labels if takes_labels or chosen is not None else None
+
+
+def _how_to_go_on(args: argparse.Namespace, log_dir: str) -> str:
+    """Return the line that tells how to continue a run whose folder nobody has named."""
+    given = [(f"--{name}", str(getattr(args, name))) for name in sorted(args.given)]
+    words = ["python", sys.argv[0], *(word for pair in given for word in pair)]
+    return f"to go on after an interruption: {shlex.join([*words, '--log_dir', log_dir])}"
+
+
+def _flags_that_count(
+    args: argparse.Namespace, chosen: np.ndarray | None, base: BaseSamples | None
+) -> dict[str, Any]:
+    """Return what the images depend on: flags, and hashes of the files that are read."""
+    names = {f.name for f in config.all_fields()} - INDIFFERENT
+    flags = {name: value for name, value in vars(args).items() if name in names}
+    if flags.get("classes"):
+        flags["classes"] = ",".join(map(str, chosen))  # names are numbers, too
+    if chosen is not None:
+        flags["labels"] = hashlib.sha256(chosen.tobytes()).hexdigest()
+    if base is not None:
+        flags["base_samples"] = base.digest()
+    flags["model_path"] = checkpoints.digest(args.model_path)
+    if getattr(args, "classifier_scale", 0):
+        flags["classifier_path"] = checkpoints.digest(args.classifier_path)
+    return flags
 
 
 def draw_samples(
     args: argparse.Namespace,
     model: nn.Module,
     diffusion: GaussianDiffusion,
+    files: SampleFiles,
+    labels: Labels | None = None,
     *,
-    size: int,
-    seed: int,
-    labels: np.ndarray | None = None,
     cond_fn: CondFn | None = None,
-    cond_of: Callable[[range], dict[str, Tensor]] | None = None,
-) -> np.ndarray | None:
-    """Draw --num_samples images, shared among all ranks.
+    base: BaseSamples | None = None,
+) -> None:
+    """Draw the samples that are missing, shared among all ranks, and put their files together.
 
     Args:
-        args: gives num_samples, batch_size, use_ddim, clip_denoised, class_cond, in_channels,
-            use_bf16.
+        args: gives batch_size, use_ddim, clip_denoised, class_cond, use_bf16, save_images,
+            save_every_t and model_path.
         model: the network, on its device.
         diffusion: the process, respaced to the steps to take.
-        size: height and width of the images.
-        seed: of the noise.
-        labels: the label of each image [N], for the model or the guidance; or None.
+        files: which samples, and where to.
+        labels: the label of each, for the model or the guidance; or None.
         cond_fn: guidance; or None.
-        cond_of: gives the further inputs of the network for some indices; or None.
-
-    Returns:
-        uint8 [N, size, size, C] in the order of index on rank 0, None elsewhere.
+        base: what an upsampler enlarges; or None.
     """
-
-    def condition(indices: range) -> dict[str, Tensor]:
-        cond = cond_of(indices) if cond_of else {}
-        if labels is not None:
-            cond["y"] = torch.from_numpy(labels[indices.start : indices.stop])
-        return {name: value.to(dist_util.dev()) for name, value in cond.items()}
-
+    count, *_ = files.shape
+    missing = files.missing(args.batch_size)
+    left = sum(map(len, missing))
+    if left < count:
+        logger.log(f"{files.stem}: {count - left:,} of {count:,} samples are there")
+    mine = missing[dist_util.get_rank() :: dist_util.get_world_size()]
+    image_shape = (files.shape[3], *files.shape[1:3])
     loop = "ddim_sample_loop" if args.use_ddim else "p_sample_loop"
-    shape = (args.in_channels, size, size)
-    mine = []
-    with _progress(args.num_samples, "sampling") as bar, dist_util.precision(args.use_bf16):
-        for indices in _my_batches(args.num_samples, args.batch_size):
-            seed_chain(seed, indices.start)
-            chain = getattr(diffusion, f"{loop}_progressive")(
-                model if args.class_cond else partial(_without_labels, model),
-                (len(indices), *shape),
-                noise=start_noise(seed, indices, shape).to(dist_util.dev()),
-                clip_denoised=args.clip_denoised,
-                cond_fn=cond_fn,
-                model_kwargs=condition(indices),
+    chain_of = partial(
+        getattr(diffusion, f"{loop}_progressive"),
+        model if args.class_cond else partial(_without_labels, model),
+        clip_denoised=args.clip_denoised,
+        cond_fn=cond_fn,
+        device=dist_util.dev(),
+    )
+    with _progress(count, "sampling", count - left) as bar, dist_util.precision(args.use_bf16):
+        for indices, noise in chain_noises(files.seed, mine, image_shape):
+            chain = chain_of(
+                (len(indices), *image_shape),
+                noise_fn=partial(_take, noise),
+                model_kwargs=_condition(indices, files.seed, labels, base),
             )
-            mine.append((indices, to_uint8(_follow(chain, bar, len(indices), diffusion))))
-    return _in_order(mine)
+            film = Film(indices, args.save_every_t, diffusion.num_timesteps)
+            sample = _follow(chain, bar, len(indices), film, diffusion.num_timesteps)
+            files.write(indices, to_uint8(sample), film.frames())
+    with dist_util.stage("waiting for the samples of all ranks"):
+        dist_util.barrier()
+    names = known_names(args)
+    files.finish(labels and labels.of, names=names, save_images=args.save_images)
+
+
+def _condition(
+    indices: range, seed: int, labels: Labels | None, base: BaseSamples | None
+) -> dict[str, Tensor]:
+    """Return the further inputs of the network, and of the guidance, for some samples."""
+    cond = base.low_res(indices, seed) if base else {}
+    if labels is not None:
+        cond["y"] = torch.from_numpy(labels.of(indices))
+    return {name: value.to(dist_util.dev()) for name, value in cond.items()}
+
+
+def _take(noise: ChainNoise, x: Tensor) -> Tensor:
+    """Return the next block of noise where x is."""
+    return torch.from_numpy(noise.take()).to(x.device, non_blocking=True)
 
 
 def _without_labels(model: nn.Module, x: Tensor, t: Tensor, y: Any = None, **cond) -> Tensor:
@@ -227,11 +229,37 @@ def _without_labels(model: nn.Module, x: Tensor, t: Tensor, y: Any = None, **con
     return model(x, t, **cond)
 
 
-def _follow(chain: Iterator, bar: tqdm, batch: int, diffusion: GaussianDiffusion) -> Tensor:
+class Film:
+    """What the chains of the first images look like on their way, for --save_every_t.
+
+    Args:
+        indices: of the images of a batch.
+        every: steps between two pictures; 0 for no film.
+        num_steps: of the chain.
+    """
+
+    def __init__(self, indices: range, every: int, num_steps: int):
+        self.count = min(len(indices), IN_FILM - indices.start) if every else 0
+        self.wanted = {num_steps - step for step in range(0, num_steps, every)} if every else set()
+        self._frames: list[np.ndarray] = []
+
+    def see(self, step: int, out: Step) -> None:
+        """Look at a step, counted from 1; the last one is always kept."""
+        if self.count > 0 and step in self.wanted:
+            both = (to_uint8(out[name][: self.count]) for name in ("sample", "pred_xstart"))
+            self._frames.append(np.stack(list(both), axis=1))
+
+    def frames(self) -> np.ndarray | None:
+        """Return uint8 [n, 2, F, H, W, C], x_t and below it the predicted x_start; or None."""
+        return np.stack(self._frames, axis=2) if self._frames else None
+
+
+def _follow(chain: Iterator[Step], bar: tqdm, batch: int, film: Film, num_steps: int) -> Tensor:
     """Run a chain to its end, moving the bar a share of the batch with each step."""
     start, out = bar.n, {}
-    for step, out in enumerate(chain, 1):  # noqa: B007 - the last one is wanted
-        share = step * batch * dist_util.get_world_size() // diffusion.num_timesteps
+    for step, out in enumerate(chain, 1):
+        film.see(step, out)
+        share = step * batch * dist_util.get_world_size() // num_steps
         bar.update(min(start + share, bar.total) - bar.n)
     return out["sample"]
 
@@ -258,20 +286,25 @@ def score_images(
     """
     world = dist_util.get_world_size()
     index, mine = dist_util.get_rank(), []
-    with _progress(args.num_samples, "scoring") as bar, dist_util.precision(args.use_bf16):
+    with (
+        _progress(args.num_samples, "scoring") as bar,
+        dist_util.precision(args.use_bf16),
+        ThreadPoolExecutor(1, "noise") as thread,
+    ):
         for batch, cond in data:
             wanted = len(range(index, args.num_samples, world)[: len(batch)])
             if wanted == 0:
                 break
-            seed_chain(seed, index)
+            indices = range(index, index + wanted * world, world)
+            noise = ChainNoise(thread, seed, indices, tuple(batch.shape[1:]))
             cond = {name: value[:wanted].to(dist_util.dev()) for name, value in cond.items()}
             metrics = diffusion.calc_bpd_loop(
                 model,
                 batch[:wanted].to(dist_util.dev()),
                 clip_denoised=args.clip_denoised,
                 model_kwargs=cond,
+                noise_fn=partial(_take, noise),
             )
-            indices = range(index, index + wanted * world, world)
             mine.append((indices, {k: v.cpu().numpy() for k, v in metrics.items()}))
             index += wanted * world
             bar.update(min(wanted * world, bar.total - bar.n))
@@ -296,13 +329,6 @@ def write_scores(scores: dict[str, np.ndarray] | None) -> None:
     dist_util.barrier()
 
 
-def _my_batches(num_samples: int, batch_size: int) -> Iterator[range]:
-    """Yield the indices of each batch of this rank; ranks take turns."""
-    step = batch_size * dist_util.get_world_size()
-    for start in range(dist_util.get_rank() * batch_size, num_samples, step):
-        yield range(start, min(start + batch_size, num_samples))
-
-
 def _in_order(mine: list[tuple[range, np.ndarray]]) -> np.ndarray | None:
     """Gather (indices, rows) of all ranks on rank 0 and sort the rows by index."""
     parts = [part for of_rank in dist_util.gather_objects(mine) for part in of_rank]
@@ -312,30 +338,13 @@ def _in_order(mine: list[tuple[range, np.ndarray]]) -> np.ndarray | None:
     return np.concatenate([rows for _, rows in parts])[order]
 
 
-def _progress(total: int, what: str) -> tqdm:
-    return tqdm(total=total, unit="img", desc=what, disable=not dist_util.is_main())
+def _progress(total: int, what: str, done: int = 0) -> tqdm:
+    main = dist_util.is_main()
+    return tqdm(total=total, initial=done, unit="img", desc=what, disable=not main)
 
 
 # --------------------------------------------------------------------------------------------
 # Writing
-
-
-def write_samples(
-    images: np.ndarray | None, labels: np.ndarray | None, names: list[str] | None = None
-) -> None:
-    """Write samples_NxHxWxC.npz and a PNG grid of the first images into the log's folder.
-
-    Args:
-        images: uint8 [N, H, W, C] on rank 0, None elsewhere.
-        labels: int64 [N], stored as arr_1; or None.
-        names: what to print for each label in the grid.
-    """
-    if images is not None:
-        shape = "x".join(map(str, images.shape))
-        path = os.path.join(logger.get_dir(), f"samples_{shape}.npz")
-        write_arrays(path, images, *([] if labels is None else [labels]))
-        save_grid(images, labels, path.replace(".npz", ".png"), names)
-    dist_util.barrier()
 
 
 def write_arrays(path: str, *arrays: np.ndarray) -> None:

@@ -19,20 +19,17 @@ def main(argv=None):
         overrides={"batch_size": 16},
     )
     args = trained_flags.complete(args)
+    if args.dry_run:
+        from guided_diffusion.estimates import dry_run
 
-    from guided_diffusion import dist_util, logger
+        return dry_run(args)
+
     from guided_diffusion import sample_util as su
-    from guided_diffusion.script_util import choose_seed
 
-    with dist_util.process_group(args.device, args.dist_timeout), logger.session(args.log_dir):
+    with su.sampling(args, args.image_size) as (files, labels):
         model, diffusion = su.load_model_and_diffusion(args)
         cond_fn = su.load_guidance(args)
-        seed = choose_seed(args.seed)
-        labels = su.choose_labels(args, seed)
-        images = su.draw_samples(
-            args, model, diffusion, size=args.image_size, seed=seed, labels=labels, cond_fn=cond_fn
-        )
-        su.write_samples(images, labels, su.class_names(args.model_path))
+        su.draw_samples(args, model, diffusion, files, labels, cond_fn=cond_fn)
 
 
 if __name__ == "__main__":

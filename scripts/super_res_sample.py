@@ -17,25 +17,17 @@ def main(argv=None):
         overrides={"batch_size": 16},
     )
     args = trained_flags.complete(args, "upsampler")
+    if args.dry_run:
+        from guided_diffusion.estimates import dry_run
 
-    from guided_diffusion import dist_util, logger
+        return dry_run(args, "upsampler")
+
     from guided_diffusion import sample_util as su
-    from guided_diffusion.script_util import choose_seed
 
-    with dist_util.process_group(args.device, args.dist_timeout), logger.session(args.log_dir):
-        base = su.BaseSamples(args)
+    base = su.BaseSamples(args)
+    with su.sampling(args, args.large_size, base) as (files, labels):
         model, diffusion = su.load_model_and_diffusion(args, "upsampler")
-        seed = choose_seed(args.seed)
-        images = su.draw_samples(
-            args,
-            model,
-            diffusion,
-            size=args.large_size,
-            seed=seed,
-            labels=base.labels,
-            cond_of=base.low_res,
-        )
-        su.write_samples(images, base.labels, su.class_names(args.model_path))
+        su.draw_samples(args, model, diffusion, files, labels, base=base)
 
 
 if __name__ == "__main__":
