@@ -210,7 +210,6 @@ def reserved(folder: str) -> Iterator[None]:
     """
     handle = None
     if dist_util.is_main() and not checkpoints.is_remote(folder):
-        checkpoints.make_folder(folder)
         handle = _lock(folder)
     try:
         yield
@@ -220,29 +219,42 @@ def reserved(folder: str) -> Iterator[None]:
 
 
 def _lock(folder: str) -> int | None:
-    """Lock a folder and return what to close to unlock it; None where there are no locks."""
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows
-        return None
+    """Make and lock a folder; return what to close to unlock it, None where there are no locks."""
     deadline = time.monotonic() + PATIENCE
     while True:
+        checkpoints.make_folder(folder)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError as error:
+            return _lock_now(folder)
+        except (BlockingIOError, FileNotFoundError) as error:
             if time.monotonic() > deadline:
-                os.close(handle)
                 raise ValueError(
                     f"--log_dir {folder} is in use by another run: wait for its end, or "
                     "choose another folder"
                 ) from error
             time.sleep(0.1)
-        except OSError:  # some network disks
-            os.close(handle)
-            return None
+
+
+def _lock_now(folder: str) -> int | None:
+    """Lock a folder as `_lock` does, or raise the error of one that is locked or has gone."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        raise
+    except (ImportError, OSError):  # Windows
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), os.stat(folder)):
+            return handle
+        raise FileNotFoundError(folder)  # whoever had it has removed it, and this is no other's
+    except (BlockingIOError, FileNotFoundError):
+        os.close(handle)
+        raise
+    except OSError:  # some network disks
+        os.close(handle)
+        return None
 
 
 # --------------------------------------------------------------------------------------------

@@ -70,19 +70,41 @@ class SampleFiles:
         Raises:
             ValueError: if the folder holds samples of other flags, naming what differs.
         """
-        try:
-            with checkpoint_sets.reserved(self.shards):
+        with checkpoint_sets.reserved(self.shards):
+            try:
                 dist_util.barrier()  # rank 0 has the folder now
                 found = dist_util.broadcast_object(self._read() if dist_util.is_main() else None)
                 if found:
                     self._refuse_a_mix(found, seed)
                     seed = found["seed"]
+                if dist_util.is_main():
+                    self._remove_leftovers(all_shards=not found)
                 self.seed, self._found = choose_seed(seed), found
                 yield self
-        finally:
-            if dist_util.is_main():
-                with suppress(OSError):
-                    os.rmdir(self.shards)  # stays if there is something in it
+            finally:
+                if dist_util.is_main():
+                    with suppress(OSError):
+                        os.rmdir(self.shards)  # stays if there is something in it
+
+    def _remove_leftovers(self, all_shards: bool) -> None:
+        """Delete the temporary files of killed runs; and shards of which no manifest tells."""
+        folder, stem = os.path.split(self.stem)
+        beside = rf"{re.escape(stem)}(_film)?\.(json|npz|png)"
+        of_shards = r".*\.npy(\.tmp\d+)?" if all_shards else r".*\.npy\.tmp\d+"
+        for where, pattern in [
+            (folder, rf"{beside}\.tmp\d+"),
+            (self.shards, of_shards),
+            (self.stem, r"(\d+\.png|labels\.csv)\.tmp\d+"),
+        ]:
+            for name in filter(re.compile(pattern).fullmatch, checkpoints.names_in(where)):
+                os.remove(os.path.join(where, name))
+
+    def _remove_pictures(self) -> None:
+        """Delete the pictures of another set under the name of this one."""
+        for path in (f"{self.stem}.png", f"{self.stem}_film.png"):
+            checkpoints.remove(path)
+        for name in filter(re.compile(r"\d+\.png").fullmatch, checkpoints.names_in(self.stem)):
+            os.remove(os.path.join(self.stem, name))
 
     def _read(self) -> dict[str, Any] | None:
         """Return the manifest, None if there is none."""
@@ -196,6 +218,7 @@ class SampleFiles:
         with dist_util.stage("putting the samples together"):
             if not self.is_complete():
                 if dist_util.is_main():
+                    self._remove_pictures()
                     self._write_film(labels_of, show["names"])
                     self._write_npz(labels_of)
                 self._write_manifest(complete=True)
