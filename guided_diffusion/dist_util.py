@@ -6,14 +6,10 @@ costs no import of torch, so that `--help` stays fast.
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import pickle
-import re
 import socket
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -21,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from . import heartbeat
+from . import heartbeat, weight_files
 from .heartbeat import stage as stage
 from .heartbeat import waiting
 from .launchers import (
@@ -30,7 +26,6 @@ from .launchers import (
     Launch,
     abort,
     abort_if_uncaught,
-    first_line,
     interface_towards,
     meet,
     read_launch,
@@ -395,45 +390,12 @@ def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
     tensors and plain containers: one that would run code is refused.
 
     Args:
-        path: a local path, or a remote one (az://, gs://) that blobfile understands.
-        **kwargs: passed on to `torch.load`.
+        path: a local path, or a remote one (az://, gs://) that blobfile understands, of a file
+            that torch.save wrote or that ends in .safetensors.
+        **kwargs: passed on to `torch.load`; of a .safetensors file only `map_location`, a device.
+            `mmap=True` maps files that can be mapped into memory and reads others.
+
+    Raises:
+        ValueError: if it cannot be read; one line that names it and says what it is.
     """
-    import torch
-
-    file = _read_remote(str(path)) if "://" in str(path) else os.path.expanduser(path)
-    if isinstance(file, str) and not os.path.isfile(file):
-        what = "is a folder" if os.path.isdir(file) else "does not exist"
-        raise ValueError(f"{path} {what}; expected a checkpoint file such as model000000.pt")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(file, **{"map_location": "cpu", "weights_only": True, **kwargs})
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, EOFError, LookupError, ValueError, RuntimeError, pickle.PickleError) as error:
-        raise ValueError(f"{path} {_explain_refusal(error)}") from error
-
-
-def _read_remote(path: str) -> io.BytesIO:
-    """Fetch a remote file through blobfile."""
-    try:
-        import blobfile
-
-        with blobfile.BlobFile(path, "rb") as file:
-            return io.BytesIO(file.read())
-    except Exception as error:  # each storage service brings errors of its own
-        raise ValueError(
-            f"{path} cannot be read ({first_line(error)}); download it and give its local path"
-        ) from error
-
-
-def _explain_refusal(error: Exception) -> str:
-    """Say what is wrong with a file that torch.load refused."""
-    expected = "expected tensors alone, as torch.save(model.state_dict(), path) writes them"
-    code = re.search(r"(?:Unsupported|GLOBAL|class) \S*?([\w.]+\.\w+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and code:
-        return f"holds Python objects ({code.group(1)}) that could run code; {expected}"
-    if isinstance(error, pickle.UnpicklingError | LookupError | EOFError):
-        return f"is empty, cut short or not written by torch.save; {expected}"
-    reason = first_line(error).split(". ")[0]
-    return f"cannot be read, it may be cut short ({reason}); {expected}"
+    return weight_files.load(path, **kwargs)

@@ -1,14 +1,17 @@
 """Laws of guided_diffusion/dist_util.py and launchers.py, some of them between real ranks."""
 
+import gzip
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -314,6 +317,7 @@ def test_load_state_dict_reads_what_was_saved(tmp_path):
     for is_zip in (True, False):
         torch.save({"a": torch.arange(4)}, path, _use_new_zipfile_serialization=is_zip)
         assert dist_util.load_state_dict(str(path))["a"].tolist() == [0, 1, 2, 3]
+        assert dist_util.load_state_dict(path, mmap=True)["a"].tolist() == [0, 1, 2, 3]
     assert dist_util.load_state_dict(path, map_location="meta")["a"].device.type == "meta"
 
 
@@ -337,9 +341,23 @@ def write_broken_files(folder):
         "zeros": bytes(99),
     }
     broken |= {"text": b"hello world\n", "page": b"<html>not found</html>"}
+    broken |= {
+        "error": b'\n <?xml version="1.0"?><Error>',
+        "image": b"\x89PNG\r\n\x1a\n" + bytes(50),
+    }
+    broken |= {"pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"}
+    broken |= {"packed": gzip.compress(whole), "other": (8).to_bytes(8, "little") + b'{"a": 1}'}
+    torch.save({"a": torch.zeros(1000)}, folder / "old.pt", _use_new_zipfile_serialization=False)
+    broken["old"] = (folder / "old.pt").read_bytes()[:-100]
     for name, content in broken.items():
         (folder / name).write_bytes(content)
     (folder / "folder").mkdir()
+    entries = {"zip": ["notes.txt"], "program": ["x/data.pkl", "x/constants.pkl", "x/code/x.py"]}
+    for name, files in entries.items():
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            for file in files:
+                archive.writestr(file, "no tensors")
+    np.savez(folder / "arrays.npz", np.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -351,6 +369,15 @@ def write_broken_files(folder):
         ("zeros", "expected tensors"),
         ("text", "not written by torch.save"),
         ("page", "not written by torch.save"),
+        ("error", "is a web page"),
+        ("image", "is an image"),
+        ("pointer", "is a pointer of git-lfs (git lfs pull"),
+        ("packed", "is compressed (unpack it"),
+        ("other", "is a file of safetensors (rename it"),
+        ("old", "cut short"),
+        ("program", "is a TorchScript program"),
+        ("zip", "is a zip of arrays or other files"),
+        ("arrays.npz", "is a zip of arrays or other files"),
         ("folder", "is a folder"),
         ("absent", "does not exist"),
     ],
