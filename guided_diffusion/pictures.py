@@ -112,7 +112,8 @@ def save_grid(
         picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         sheet.paste(picture.convert("RGB"), (x, y + text))
         if labels is not None:
-            draw.text((x, y), caption(int(labels[i]), names), fill="black")
+            name = _shorten(caption(int(labels[i]), names), draw, cell[0] - 2)
+            draw.text((x, y), name, fill="black")
     checkpoints.write_file(path, lambda file: sheet.save(file, format="PNG"))
     logger.log(f"saved {os.path.abspath(path)}")
 
@@ -150,3 +151,10 @@ def caption(label: int, names: list[str] | None) -> str:
     """Return what to print for a label: its name if it is known, else its number."""
     name = names[label] if names is not None and 0 <= label < len(names) else str(label)
     return name.encode(errors="replace").decode()  # file names need not be text
+
+
+def _shorten(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
+    """Cut a text that is wider than `width` pixels; a dot stands for the rest."""
+    while len(text) > 1 and draw.textlength(text) > width:
+        text = f"{text[:-2]}."
+    return text
