@@ -6,11 +6,9 @@ so neither batches nor ranks nor interruptions change it; ranks take the batches
 
 import argparse
 import hashlib
-import os
 import shlex
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -193,16 +191,18 @@ def draw_samples(
         cond_fn=cond_fn,
         device=dist_util.dev(),
     )
-    with _progress(count, "sampling", count - left) as bar, dist_util.precision(args.use_bf16):
+    with Progress(count, "sampling", count - left) as bar, dist_util.precision(args.use_bf16):
         for indices, noise in chain_noises(files.seed, mine, image_shape):
             chain = chain_of(
                 (len(indices), *image_shape),
-                noise_fn=partial(_take, noise),
+                noise_fn=partial(take, noise),
                 model_kwargs=_condition(indices, files.seed, labels, base),
             )
             film = Film(indices, args.save_every_t, diffusion.num_timesteps)
-            sample = _follow(chain, bar, len(indices), film, diffusion.num_timesteps)
-            files.write(indices, to_uint8(sample), film.frames())
+            for step, out in enumerate(chain, 1):
+                film.see(step, out)
+                bar.move(len(indices) / diffusion.num_timesteps)
+            files.write(indices, to_uint8(out["sample"]), film.frames())
     with dist_util.stage("waiting for the samples of all ranks"):
         dist_util.barrier()
     names = known_names(args)
@@ -219,7 +219,7 @@ def _condition(
     return {name: value.to(dist_util.dev()) for name, value in cond.items()}
 
 
-def _take(noise: ChainNoise, x: Tensor) -> Tensor:
+def take(noise: ChainNoise, x: Tensor) -> Tensor:
     """Return the next block of noise where x is."""
     return torch.from_numpy(noise.take()).to(x.device, non_blocking=True)
 
@@ -254,100 +254,28 @@ class Film:
         return np.stack(self._frames, axis=2) if self._frames else None
 
 
-def _follow(chain: Iterator[Step], bar: tqdm, batch: int, film: Film, num_steps: int) -> Tensor:
-    """Run a chain to its end, moving the bar a share of the batch with each step."""
-    start, out = bar.n, {}
-    for step, out in enumerate(chain, 1):
-        film.see(step, out)
-        share = step * batch * dist_util.get_world_size() // num_steps
-        bar.update(min(start + share, bar.total) - bar.n)
-    return out["sample"]
-
-
-def score_images(
-    args: argparse.Namespace,
-    model: nn.Module,
-    diffusion: GaussianDiffusion,
-    data: Iterator[tuple[Tensor, dict[str, Tensor]]],
-    seed: int,
-) -> dict[str, np.ndarray] | None:
-    """Compute the bound on the bits per dimension of images, shared among all ranks.
+class Progress:
+    """A bar over the images of all ranks, on rank 0, that moves with each step of a chain.
 
     Args:
-        args: gives clip_denoised, use_bf16 and num_samples, the most images to score.
-        model: the network, on its device.
-        diffusion: the process.
-        data: the batches of this rank: image i of the folder is on rank i mod the number of ranks.
-        seed: of the noise.
-
-    Returns:
-        on rank 0, in the order of the folder: total_bpd [N], and vb, mse and xstart_mse [N, T],
-        the terms from t = T-1 to t = 0; None elsewhere.
+        total: number of images.
+        what: one word on what is done to them.
+        done: images that were done before.
     """
-    world = dist_util.get_world_size()
-    index, mine = dist_util.get_rank(), []
-    with (
-        _progress(args.num_samples, "scoring") as bar,
-        dist_util.precision(args.use_bf16),
-        ThreadPoolExecutor(1, "noise") as thread,
-    ):
-        for batch, cond in data:
-            wanted = len(range(index, args.num_samples, world)[: len(batch)])
-            if wanted == 0:
-                break
-            indices = range(index, index + wanted * world, world)
-            noise = ChainNoise(thread, seed, indices, tuple(batch.shape[1:]))
-            cond = {name: value[:wanted].to(dist_util.dev()) for name, value in cond.items()}
-            metrics = diffusion.calc_bpd_loop(
-                model,
-                batch[:wanted].to(dist_util.dev()),
-                clip_denoised=args.clip_denoised,
-                model_kwargs=cond,
-                noise_fn=partial(_take, noise),
-            )
-            mine.append((indices, {k: v.cpu().numpy() for k, v in metrics.items()}))
-            index += wanted * world
-            bar.update(min(wanted * world, bar.total - bar.n))
-    names = ("total_bpd", "vb", "mse", "xstart_mse")
-    parts = {name: _in_order([(i, metrics[name]) for i, metrics in mine]) for name in names}
-    return parts if dist_util.is_main() else None
 
+    def __init__(self, total: int, what: str, done: int = 0):
+        main = dist_util.is_main()
+        self._bar = tqdm(total=total, initial=done, unit="img", desc=what, disable=not main)
+        self._moved = float(done)
 
-def write_scores(scores: dict[str, np.ndarray] | None) -> None:
-    """Log the mean of what `score_images` returned, and write it into the log's folder.
+    def __enter__(self) -> "Progress":
+        return self
 
-    `vb_terms.npz`, `mse_terms.npz` and `xstart_mse_terms.npz` hold the mean of each term over
-    the images [T]; `bpd.npz` holds the bits per dimension of each image [N].
-    """
-    if scores is not None:
-        bpd = scores["total_bpd"]
-        logger.log(f"done {len(bpd)} samples: bpd={bpd.mean():.6f}")
-        for name in ("vb", "mse", "xstart_mse"):
-            path = os.path.join(logger.get_dir(), f"{name}_terms.npz")
-            write_arrays(path, scores[name].mean(axis=0))
-        write_arrays(os.path.join(logger.get_dir(), "bpd.npz"), bpd)
-    dist_util.barrier()
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
 
-
-def _in_order(mine: list[tuple[range, np.ndarray]]) -> np.ndarray | None:
-    """Gather (indices, rows) of all ranks on rank 0 and sort the rows by index."""
-    parts = [part for of_rank in dist_util.gather_objects(mine) for part in of_rank]
-    if not dist_util.is_main():
-        return None
-    order = np.argsort(np.concatenate([np.array(indices) for indices, _ in parts]))
-    return np.concatenate([rows for _, rows in parts])[order]
-
-
-def _progress(total: int, what: str, done: int = 0) -> tqdm:
-    main = dist_util.is_main()
-    return tqdm(total=total, initial=done, unit="img", desc=what, disable=not main)
-
-
-# --------------------------------------------------------------------------------------------
-# Writing
-
-
-def write_arrays(path: str, *arrays: np.ndarray) -> None:
-    """Write arr_0, arr_1, ... to an npz file, atomically."""
-    checkpoints.write_file(path, lambda file: np.savez(file, *arrays))
-    logger.log(f"saved {os.path.abspath(path)}")
+    def move(self, images: float) -> None:
+        """Count so many images of this rank, or a share of them; the others are as far."""
+        self._moved += images * dist_util.get_world_size()
+        there = min(int(self._moved + 1e-6), self._bar.total)
+        self._bar.update(there - self._bar.n)
