@@ -1,6 +1,8 @@
 """Which image is drawn from which seed, and what is written where."""
 
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,8 +11,11 @@ from PIL import Image
 from reference.fill import fill_
 from scripting import SMALL
 
-from guided_diffusion import config, dist_util
+from guided_diffusion import config, dist_util, streams
 from guided_diffusion import sample_util as su
+from guided_diffusion.pictures import to_uint8
+from guided_diffusion.sample_files import SampleFiles
+from guided_diffusion.sample_labels import Labels
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.trained_flags import KINDS
 
@@ -18,7 +23,8 @@ from guided_diffusion.trained_flags import KINDS
 def sampling_flags(**flags):
     same = dict(
         num_samples=7, batch_size=3, use_ddim=True, clip_denoised=True, class_cond=True,
-        in_channels=1, num_classes=4, classes="", use_bf16=False,
+        in_channels=1, num_classes=4, use_bf16=False, save_images=False, save_every_t=0,
+        model_path="",
     )  # fmt: skip
     return Namespace(**same | flags)
 
@@ -31,10 +37,16 @@ class Echo(torch.nn.Module):
         return 0.5 * x + shift + (0 if low_res is None else low_res)
 
 
-def draw(log_dir, labels=None, **flags):
+def draw(folder, labels=None, **flags):
+    """Draw 7 images of 4 x 4 with seed 11; return the arrays of the npz."""
     args = sampling_flags(**flags)
     diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="ddim5")
-    return su.draw_samples(args, Echo(), diffusion, size=4, seed=11, labels=labels)
+    files = SampleFiles(str(folder), (args.num_samples, 4, 4, 1), {})
+    folder.mkdir(exist_ok=True)
+    with files.claimed(11, int):
+        su.draw_samples(args, Echo(), diffusion, files, labels)
+    with np.load(files.npz) as arrays:
+        return dict(arrays)
 
 
 def loaded(tmp_path, **flags):
@@ -49,7 +61,7 @@ def loaded(tmp_path, **flags):
 def test_a_loaded_network_is_in_eval_mode(tmp_path):
     """Dropout is for training: of a loaded network, two passes over one input agree."""
     model = loaded(tmp_path, dropout=0.9)
-    x, t = su.start_noise(0, range(2), (1, 8, 8)), torch.tensor([3, 9])
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
     assert not any(module.training for module in model.modules())
     with torch.no_grad():
         assert torch.equal(model(x, t, y=t % 3), model(x, t, y=t % 3))
@@ -68,100 +80,84 @@ def test_a_network_is_loaded_in_the_precision_asked_for(tmp_path, use_fp16, dtyp
     assert {conv.weight.dtype for conv in convolutions} == {dtype}
 
 
-def test_noise_is_a_function_of_seed_and_index():
-    """Image i starts from the same noise in whatever batch it is, and from another than i + 1."""
-    together = su.start_noise(5, range(0, 6), (1, 4, 4))
-    alone = torch.cat([su.start_noise(5, range(i, i + 1), (1, 4, 4)) for i in range(6)])
-    assert torch.equal(together, alone)
-    assert len(np.unique(together.numpy())) == together.numel()
-    assert not torch.equal(together, su.start_noise(6, range(0, 6), (1, 4, 4)))
+RANDOM = Labels(None, 4, 11)
 
 
-def test_noise_is_standard_normal():
-    """The start of the chain has mean 0 and variance 1."""
-    noise = su.start_noise(0, range(200), (3, 8, 8))
-    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-
-
+@pytest.mark.parametrize("use_ddim", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_batches_do_not_change_the_images(log_dir, batch_size):
-    """Exactly num_samples images, the same for any batch size."""
-    labels = su.choose_labels(sampling_flags(), 11)
-    images = draw(log_dir, labels, batch_size=batch_size)
-    assert images.shape == (7, 4, 4, 1) and images.dtype == np.uint8
-    np.testing.assert_array_equal(images, draw(log_dir, labels))
+def test_batches_do_not_change_the_images(batch_size, use_ddim, tmp_path):
+    """Exactly num_samples images, the same for any batch size, noise within the chain included."""
+    one = draw(tmp_path / "a", RANDOM, batch_size=batch_size, use_ddim=use_ddim)
+    other = draw(tmp_path / "b", RANDOM, use_ddim=use_ddim)
+    assert one["arr_0"].shape == (7, 4, 4, 1) and one["arr_0"].dtype == np.uint8
+    for name in ("arr_0", "arr_1"):
+        np.testing.assert_array_equal(one[name], other[name])
 
 
-def test_labels_reach_the_network_only_if_it_takes_them(log_dir):
+def test_ranks_do_not_change_the_images(tmp_path, monkeypatch):
+    """Each rank draws its share; together they have drawn what one rank draws."""
+    alone = draw(tmp_path / "a", RANDOM, use_ddim=False)
+    monkeypatch.setattr(SampleFiles, "finish", lambda *args, **show: None)
+    monkeypatch.setattr(dist_util, "get_world_size", lambda: 3)
+    args = sampling_flags(batch_size=2, use_ddim=False)
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="ddim5")
+    files = SampleFiles(str(tmp_path), (7, 4, 4, 1), {})
+    with files.claimed(11, int):
+        plan = files.missing(2)
+        monkeypatch.setattr(SampleFiles, "missing", lambda *_: plan)  # as rank 0 told them at first
+        for rank in range(3):
+            monkeypatch.setattr(dist_util, "get_rank", lambda rank=rank: rank)
+            su.draw_samples(args, Echo(), diffusion, files, RANDOM)
+            assert len(files._ranges()) == (2, 3, 4)[rank]
+        drawn = np.concatenate(list(files._in_order()))
+    np.testing.assert_array_equal(drawn, alone["arr_0"])
+
+
+def test_ancestral_noise_differs_between_images_and_seeds(tmp_path):
+    """With the same start, label and network, chains of two indices part by their noise alone."""
+    blocks = []
+    with ThreadPoolExecutor(1) as thread:
+        for seed, index in [(11, 0), (11, 1), (12, 0)]:
+            noise = streams.ChainNoise(thread, seed, [index], (8,))
+            noise.take()
+            blocks.append(np.concatenate([noise.take(), noise.take()]).ravel())
+    assert len(np.unique(blocks)) == 3 * 16
+
+
+def test_labels_reach_the_network_only_if_it_takes_them(tmp_path):
     """A class-conditional network sees the label of each index, another one none."""
-    zeros, threes = (np.full(7, label) for label in (0, 3))
-    assert (draw(log_dir, zeros) != draw(log_dir, threes)).any()
-    unconditional = draw(log_dir, threes, class_cond=False)
-    np.testing.assert_array_equal(unconditional, draw(log_dir, zeros))
+    zeros, threes = (Labels(np.array([label]), 4, 0) for label in (0, 3))
+    drawn = {
+        (name, class_cond): draw(tmp_path / f"{name}{class_cond}", labels, class_cond=class_cond)
+        for name, labels in [("zeros", zeros), ("threes", threes)]
+        for class_cond in (True, False)
+    }
+    assert (drawn["zeros", True]["arr_0"] != drawn["threes", True]["arr_0"]).any()
+    plain, other = drawn["zeros", False], drawn["threes", False]
+    np.testing.assert_array_equal(plain["arr_0"], other["arr_0"])
+    assert other["arr_1"].tolist() == [3] * 7
 
 
-def test_labels_are_random_or_taken_in_turn():
-    """Without --classes labels are uniform and fixed by the seed; with it they follow the list."""
-    many = su.choose_labels(sampling_flags(num_samples=4000), 3)
-    assert many.dtype == np.int64 and set(many) == {0, 1, 2, 3}
-    assert np.bincount(many).min() > 900
-    np.testing.assert_array_equal(many[:10], su.choose_labels(sampling_flags(num_samples=10), 3))
-    assert su.choose_labels(sampling_flags(classes="3,1"), 0).tolist() == [3, 1, 3, 1, 3, 1, 3]
-    with pytest.raises(ValueError, match="--classes 4.*0 to 3"):
-        su.choose_labels(sampling_flags(classes="4"), 0)
+def test_films_show_the_chains_of_the_first_images(tmp_path):
+    """Every second step and the last; x_t above, the predicted x_start below it."""
+    kept = {}
+    original = SampleFiles.write
+
+    def write(self, indices, images, film=None):
+        kept[indices] = (images, film)
+        original(self, indices, images, film)
+
+    with mock.patch.object(SampleFiles, "write", write):
+        draw(tmp_path / "a", num_samples=12, batch_size=5, save_every_t=2, use_ddim=False)
+    films = {indices.start: film for indices, (_, film) in kept.items()}
+    assert films[0].shape == (5, 2, 3, 4, 4, 1) and films[5].shape == (3, 2, 3, 4, 4, 1)
+    assert films[10] is None
+    np.testing.assert_array_equal(films[0][:, 0, -1], kept[range(0, 5)][0])
+    with Image.open(tmp_path / "a" / "samples_12x4x4x1_film.png") as picture:
+        assert picture.width == 3 * 66 and picture.height == 8 * (2 * 66 + 4)
 
 
 def test_pixels_are_cut_off_and_put_last():
     """[-1, 1] becomes 0..255, beyond is clipped, and channels come last."""
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 0.5]).view(1, 6, 1, 1)
-    assert su.to_uint8(x)[0, 0, 0].tolist() == [0, 0, 127, 255, 255, 191]
-
-
-def test_upsampling_takes_base_images_in_turn(tmp_path):
-    """Sample i upsamples image i mod M and keeps its label."""
-    path = tmp_path / "base.npz"
-    images = np.arange(3, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
-    np.savez(path, images, np.array([7, 8, 9]))
-    args = sampling_flags(base_samples=str(path), small_size=2, num_classes=10)
-    base = su.BaseSamples(args)
-    low_res = base.low_res(range(2, 5))["low_res"]
-    assert base.labels.tolist() == [7, 8, 9, 7, 8, 9, 7]
-    torch.testing.assert_close(low_res[:, 0, 0, 0], torch.tensor([2.0, 0.0, 1.0]) / 127.5 - 1)
-
-
-def test_scores_are_those_of_each_image_once(log_dir):
-    """num_samples limits what is scored, from the front; the mean terms add up to the bits."""
-    args = sampling_flags(num_samples=5, class_cond=False)
-    diffusion = create_gaussian_diffusion(steps=20, noise_schedule="cosine", timestep_respacing="5")
-    images = torch.linspace(-1, 1, 7).view(7, 1, 1, 1).expand(7, 1, 4, 4)
-    data = [(images[:3], {}), (images[3:6], {}), (images[6:], {})]
-    scores = su.score_images(args, Echo(), diffusion, iter(data), 7)
-    assert scores["total_bpd"].shape == (5,) and scores["vb"].shape == (5, 5)
-    prior = diffusion._prior_bpd(images[:5]).numpy()
-    np.testing.assert_allclose(scores["total_bpd"], scores["vb"].sum(1) + prior, rtol=1e-5)
-    su.write_scores(scores)
-    with np.load(log_dir / "vb_terms.npz") as terms, np.load(log_dir / "bpd.npz") as bpd:
-        np.testing.assert_allclose(terms["arr_0"], scores["vb"].mean(0), rtol=1e-6)
-        np.testing.assert_array_equal(bpd["arr_0"], scores["total_bpd"])
-
-
-def test_samples_are_written_with_labels_and_a_picture(log_dir):
-    """The npz has the published name and arrays; the grid beside it shows every image."""
-    images = np.random.default_rng(0).integers(0, 255, (12, 8, 8, 3), dtype=np.uint8)
-    su.write_samples(images, np.arange(12))
-    with np.load(log_dir / "samples_12x8x8x3.npz") as arrays:
-        np.testing.assert_array_equal(arrays["arr_0"], images)
-        np.testing.assert_array_equal(arrays["arr_1"], np.arange(12))
-    grid = np.array(Image.open(log_dir / "samples_12x8x8x3.png"))
-    zoom = 64 // 8
-    assert (grid[16 : 16 + 64 : zoom, 2 : 2 + 64 : zoom] == images[0]).all()
-
-
-def test_every_rank_takes_its_batches_in_turn(monkeypatch):
-    """Over the ranks every index is drawn once."""
-    seen = []
-    for rank in range(3):
-        monkeypatch.setattr(dist_util, "get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr(dist_util, "get_world_size", lambda: 3)
-        seen += [i for batch in su._my_batches(20, 4) for i in batch]
-    assert sorted(seen) == list(range(20))
+    assert to_uint8(x)[0, 0, 0].tolist() == [0, 0, 127, 255, 255, 191]
