@@ -233,3 +233,68 @@ def test_images_of_one_dimension_sample_too():
     sample = make().ddim_sample_loop(lambda x, t: 0.1 * x, (2, 3, 16))
     assert sample.shape == (2, 3, 16)
     assert np.isfinite(sample.numpy()).all()
+
+
+@pytest.mark.parametrize("sampler", ["p", "ddim"])
+def test_a_source_of_noise_replaces_the_global_generator(sampler):
+    """It gives the start and what each step needs; torch's own generator is left alone."""
+    torch.manual_seed(0)
+    draws = [torch.randn(SHAPE) for _ in range(21)]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    expected = getattr(make(), f"{sampler}_sample_loop")(network(), SHAPE)
+    torch.set_rng_state(before)
+    blocks = iter(draws)
+    loop = getattr(make(), f"{sampler}_sample_loop")
+    found = loop(network(), SHAPE, noise_fn=lambda x: next(blocks))
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(list(blocks)) == (0 if sampler == "p" else 20)  # DDIM needs the start alone
+
+
+def test_noisy_ddim_draws_from_the_source():
+    """With eta above 0 each step needs noise."""
+    blocks = iter([torch.randn(SHAPE) for _ in range(21)])
+    make().ddim_sample_loop(network(), SHAPE, eta=0.5, noise_fn=lambda x: next(blocks))
+    assert not list(blocks)
+
+
+def test_given_noise_comes_before_the_source():
+    """The start is given: the source is asked for the steps alone."""
+    asked = []
+    chain = make().p_sample_loop_progressive(
+        network(), SHAPE, torch.zeros(SHAPE), noise_fn=lambda x: asked.append(x) or x
+    )
+    assert len(list(chain)) == len(asked) == 20
+
+
+def test_the_reverse_loop_is_the_published_steps_up_to_the_last_timestep():
+    """It ends where sampling starts: one further step gives the published chain of 20."""
+    process, model = spaced(), network("LEARNED_RANGE")
+    x = process.ddim_reverse_sample_loop(model, tensor("in/x_start"))
+    last = torch.full((4,), 19)
+    x = process.ddim_reverse_sample(model, x, last)["sample"]
+    assert_close(x, "ddim_reverse/LEARNED_RANGE", 1e-4)
+
+
+def test_images_come_back_from_their_latents():
+    """The error of the way up and down falls with the number of steps, in first order."""
+    x_start = 0.5 * torch.randn(SHAPE, dtype=torch.float64)
+    betas = get_named_beta_schedule("cosine", 2000)
+    alphas = torch.from_numpy(np.cumprod(1 - betas))
+
+    def exact(x, t):  # the noise in x_t, if x_0 has mean 0.1 and deviation 0.5
+        a = alphas[t].view(-1, 1, 1, 1)
+        return (x - 0.1 * a.sqrt()) * (1 - a).sqrt() / (0.25 * a + 1 - a)
+
+    errors = []
+    for steps in (50, 100, 200):
+        process = make(
+            cls=SpacedDiffusion, betas=betas, use_timesteps=space_timesteps(2000, f"ddim{steps}")
+        )
+        latents = process.ddim_reverse_sample_loop(exact, x_start, clip_denoised=False)
+        assert abs(latents.std() - 1) < 0.1
+        back = process.ddim_sample_loop(exact, SHAPE, noise=latents, clip_denoised=False)
+        errors.append((back - x_start).abs().mean().item())
+    assert errors[0] < 0.05
+    assert errors[0] / errors[1] > 1.7 and errors[1] / errors[2] > 1.7
