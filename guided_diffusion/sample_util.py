@@ -54,6 +54,7 @@ def load_model_and_diffusion(
     Raises:
         ValueError: if flags do not go together, or the file does not fit them.
     """
+    settle_precision(args)
     flags = script_util.args_to_dict(args, config.defaults(*trained_flags.KINDS[kind]))
     model, diffusion = CREATE[kind](**flags)
     return _ready(model, args.model_path, args.use_fp16), diffusion
@@ -74,6 +75,15 @@ def load_guidance(args: argparse.Namespace) -> CondFn | None:
     classifier = script_util.create_classifier(**flags)
     classifier = _ready(classifier, args.classifier_path, args.classifier_use_fp16)
     return classifier_guidance(classifier, args.classifier_scale)
+
+
+def settle_precision(args: argparse.Namespace) -> None:
+    """Leave a preset's float16 on a CPU, which is slow at it, unless the user asked for it."""
+    wished = ("use_fp16", "classifier_use_fp16") if getattr(args, "preset", "") else ()
+    for name in wished:
+        if getattr(args, name, False) and name not in args.given and dist_util.dev().type == "cpu":
+            setattr(args, name, False)
+            logger.log(f"--{name} of the preset is for GPUs: computing in float32")
 
 
 def _ready(model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
@@ -120,6 +130,7 @@ def sampling(
     ):
         for note in getattr(args, "notes", []):
             logger.log(note)
+        settle_precision(args)
         with dist_util.stage("reading the checkpoints"):
             flags = _flags_that_count(args, chosen, base) if dist_util.is_main() else None
             flags = dist_util.broadcast_object(flags)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from scripting import (
     flags_of,
     launch,
     make_images,
+    run_script,
     succeed,
 )
 
@@ -209,6 +211,43 @@ def test_classes_are_drawn_in_turn(place):
     assert arrays["arr_1"].tolist() == [2, 0, 2, 0, 2, 0]
 
 
+def test_classes_may_be_a_list_or_all(place, tmp_path):
+    """--labels_file takes a file's classes in turn, --class_balanced all classes."""
+    (tmp_path / "labels.txt").write_text("1\n1\n2\n")
+    for flags, expected in [
+        ({"labels_file": tmp_path / "labels.txt"}, [1, 1, 2, 1, 1, 2]),
+        ({"class_balanced": True}, [0, 1, 2, 0, 1, 2]),
+    ]:
+        arrays, _ = sample(place, "image_sample", "out", model_path=model(place, "d"), **flags)
+        assert arrays["arr_1"].tolist() == expected
+
+
+def test_the_first_line_tells_how_to_go_on(place, tmp_path, monkeypatch):
+    """Without --log_dir, as a command that finds the folder, and the seed in it, again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    flags = FAST | {"model_path": model(place, "d"), "num_samples": 3, "batch_size": 3}
+    first = succeed("image_sample", flags).out.splitlines()[0]
+    assert first.startswith("to go on after an interruption: python ")
+    words = shlex.split(first.partition(": ")[2])
+    names = [word.removeprefix("--") for word in words[2::2]]
+    again = run_script("image_sample", dict(zip(names, words[3::2], strict=True)))
+    assert again.code == 0 and "3 of 3 samples are there" in again.out
+    assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
+def test_other_flags_in_the_same_folder_are_refused(place, tmp_path):
+    """One line that names what differs, and the images stay."""
+    flags = FEW | FAST | {"model_path": model(place, "d"), "log_dir": tmp_path}
+    succeed("image_sample", flags)
+    [path] = tmp_path.glob("*.npz")
+    before = path.read_bytes()
+    done = run_script("image_sample", flags, clip_denoised=False, seed=6)
+    assert done.code == 1 and len(done.err.strip().splitlines()) == 1
+    assert "clip_denoised: True there, False here; seed: 5 there, 6 here" in done.err
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("folder", ["d", "u"])
 def test_classifier_sample_always_keeps_labels(folder, place):
     """Guided samples carry the labels that the classifier was asked for."""
@@ -243,6 +282,24 @@ def test_super_res_sample_keeps_the_labels_of_its_base(use_ddim, place):
     assert arrays["arr_0"].shape == (6, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [0, 1, 2, 1, 0, 1] and arrays["arr_1"].dtype == np.int64
     assert grid.exists()
+
+
+def test_image_files_are_upsampled_like_the_npz(place, tmp_path):
+    """What --save_images leaves is a base as good as the npz, with its labels."""
+    base, _ = sample(place, "image_sample", "out", model_path=model(place, "d"), save_images=True)
+    for path in (place / "out").glob("*x1/*.png"):
+        with Image.open(path) as picture:
+            picture.resize((4, 4)).save(path)
+    [folder] = [path for path in (place / "out").iterdir() if path.is_dir()]
+    pixels = [np.array(Image.open(path))[..., None] for path in sorted(folder.glob("*.png"))]
+    np.savez(tmp_path / "base.npz", np.stack(pixels), base["arr_1"])
+    flags = {"model_path": model(place, "s"), "low_res_noise": 0.1}
+    one, _ = sample(tmp_path, "super_res_sample", "a", base_samples=folder, **flags)
+    other, _ = sample(
+        tmp_path, "super_res_sample", "b", base_samples=tmp_path / "base.npz", **flags
+    )
+    for name in ("arr_0", "arr_1"):
+        np.testing.assert_array_equal(one[name], other[name])
 
 
 def test_samplers_chain_into_the_upsampler(place, tmp_path):
@@ -281,6 +338,38 @@ def test_image_nll_scores_no_image_in_place_of_a_broken_one(place, tmp_path):
     (own / first.name).write_bytes(b"broken")
     done = succeed("image_nll", flags, log_dir=tmp_path / "a", skip_bad_images=True)
     assert "done 24 samples" in done.out and f"skipped: {own}/{first.name}" in done.out
+
+
+def test_image_invert_tells_the_error_of_the_round_trip(place, tmp_path):
+    """Latents and reconstructions of the first images of a folder, in its order."""
+    flags = {"model_path": model(place, "d"), "data_dir": place / "data", "log_dir": tmp_path}
+    done = succeed("image_invert", flags, num_samples=10, batch_size=4)
+    assert "round trip of 10 images, 20 steps each way: mean absolute error" in done.out
+    latents = read_npz(tmp_path / "latents_10x8x8x1.npz")
+    assert latents["arr_0"].dtype == np.float32 and latents["arr_1"].tolist() == [0] * 8 + [1, 1]
+    assert read_npz(tmp_path / "reconstructions_10x8x8x1.npz")["arr_0"].dtype == np.uint8
+    assert read_npz(tmp_path / "errors.npz")["arr_0"].shape == (10,)
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["image_sample", "classifier_sample", "super_res_sample", "image_nll", "image_invert"],
+)
+def test_a_dry_run_tells_and_writes_nothing(script, place, tmp_path):
+    """Flags, parameters, operations and memory; no folder is made."""
+    base = tmp_path / "base.npz"
+    np.savez(base, np.zeros((2, 4, 4, 1), np.uint8), np.array([0, 1]))
+    flags = {"log_dir": tmp_path / "out", "dry_run": True, "timestep_respacing": "4"}
+    flags["model_path"] = model(place, "s" if script == "super_res_sample" else "d")
+    if script == "super_res_sample":
+        flags["base_samples"] = base
+    if script == "classifier_sample":
+        flags["classifier_path"] = model(place, "c")
+    if script in ("image_nll", "image_invert"):
+        flags["data_dir"] = place / "data"
+    done = succeed(script, flags)
+    assert "GFLOP" in done.out and "timestep_respacing" in done.out
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------
