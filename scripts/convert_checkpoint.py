@@ -18,15 +18,14 @@ def find_companions(source: str, target: str) -> dict[str, bytes]:
     if os.path.exists(target):
         raise ValueError(f"--target {target} exists: choose another name, or remove it")
     names = {checkpoints.flags_path(source): checkpoints.flags_path(target)}
-    folders = [os.path.dirname(path) for path in (source, target)]
-    classes, its_classes = (checkpoints.join(folder, checkpoints.CLASSES) for folder in folders)
-    if not os.path.exists(its_classes):
-        names[classes] = its_classes
+    here, there = (os.path.join(os.path.dirname(p), checkpoints.CLASSES) for p in (source, target))
+    if not os.path.exists(there):
+        names[here] = there
     contents = {
         copy: checkpoints.read_file(path) if checkpoints.exists(path) else None
         for path, copy in names.items()
     }
-    for copy in filter(os.path.exists, list(contents)):
+    for copy in filter(os.path.exists, [*contents]):
         if checkpoints.read_file(copy) != contents.pop(copy):
             raise ValueError(f"--target {target}: {copy} is of another checkpoint: rename one")
     return {copy: content for copy, content in contents.items() if content is not None}
@@ -34,9 +33,8 @@ def find_companions(source: str, target: str) -> dict[str, bytes]:
 
 def main(argv=None):
     """Read the flags and the source, and write the target and what goes beside it."""
-    args = config.parse_flags(
-        __doc__, config.ConvertConfig, argv=argv, positional=("source", "target")
-    )
+    words = ("source", "target")
+    args = config.parse_flags(__doc__, config.ConvertConfig, argv=argv, positional=words)
     companions = find_companions(args.source, args.target)
     if args.dry_run:
         print(f"--source {args.source}\n--target {args.target}\nwould write:")
@@ -52,10 +50,9 @@ def main(argv=None):
         for path in companions:
             checkpoints.remove(path)
         raise
-    print(f"read {os.path.abspath(args.source)}")
-    size = checkpoints.size_of(args.target)
-    print(f"wrote {os.path.abspath(args.target)}: {len(weights)} tensors, {size:,} bytes")
-    print("".join(f"wrote {os.path.abspath(path)}\n" for path in companions), end="")
+    print(f"read {os.path.abspath(args.source)}: {len(weights)} tensors")
+    for path in (args.target, *companions):
+        print(f"wrote {os.path.abspath(path)}: {checkpoints.size_of(path):,} bytes")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Captured(Exception):
 def declared(monkeypatch):
     """Return a function: script name -> (groups, overrides) that it hands to parse_flags."""
 
-    def capture(description, *groups, argv=None, overrides=None):
+    def capture(description, *groups, argv=None, overrides=None, positional=()):
         raise Captured(description, groups, overrides or {})
 
     def ask(script):

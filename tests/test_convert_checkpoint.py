@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from scripting import SMALL, Done, files_below, load_script, make_images, succeed
+from scripting import SMALL, Done, files_below, load_script, succeed
 
-from guided_diffusion import checkpoints, config, dist_util, weight_files
+from guided_diffusion import checkpoints, config, dist_util, script_util, weight_files
 
 DTYPES = ["float32", "float16", "bfloat16", "float64", "int64", "uint8", "bool"]
 PAIRS = [(".pt", ".safetensors"), (".safetensors", ".pt"), (".pt", ".pt")]
@@ -58,7 +58,8 @@ def test_everything_stays(source, target, state, tmp_path):
     assert done.code == 0, done.err
     path = tmp_path / f"sub/other{target}"
     assert same(dist_util.load_state_dict(path), state)
-    assert f"{path}: {len(state)} tensors, {path.stat().st_size:,} bytes" in done.out
+    assert f"read {tmp_path}/model{source}: {len(state)} tensors\n" in done.out
+    assert f"wrote {path}: {path.stat().st_size:,} bytes\n" in done.out
     assert files_below(tmp_path / "sub") == {path.name}
 
 
@@ -227,10 +228,11 @@ def test_device_and_address(state, tmp_path, monkeypatch):
 
 def test_a_sampler_draws_the_same_from_both(tmp_path):
     """Bit for bit, with the flags that went along."""
-    data = make_images(tmp_path / "data")
-    flags = SMALL | {"data_dir": data, "batch_size": 4, "max_steps": 1, "log_dir": tmp_path / "run"}
-    succeed("image_train", flags)
-    model = tmp_path / "run" / "model000001.pt"
+    flags = script_util.model_and_diffusion_defaults() | SMALL
+    network = script_util.create_model_and_diffusion(**flags)[0]
+    model = tmp_path / "model.pt"
+    checkpoints.save(str(model), {k: torch.randn_like(v) for k, v in network.state_dict().items()})
+    checkpoints.save_flags(str(model), flags)
     assert convert(model, tmp_path / "m.safetensors").code == 0
     images = []
     for i, path in enumerate([model, tmp_path / "m.safetensors"]):

@@ -64,12 +64,13 @@ class Handler(BaseHTTPRequestHandler):
         start = self.asked_start()
         if start is not None and start >= len(plan.content):
             return self.answer(416, {"Content-Range": f"bytes */{len(plan.content)}"}, b"")
-        body = plan.content[start or 0 :]
+        begin = 0 if start is None else start + plan.shifted
+        body = plan.content[begin:]
         headers = {"Content-Length": str(len(body) + plan.exaggerated)} if plan.tells_size else {}
         headers |= {k: v for k, v in plan.validators.items() if v}
         if start is not None:
-            last, whole = len(plan.content) - 1, len(plan.content)
-            headers["Content-Range"] = f"bytes {start + plan.shifted}-{last}/{whole}"
+            whole = len(plan.content)
+            headers["Content-Range"] = f"bytes {begin}-{whole - 1}/{whole}"
         self.answer(200 if start is None else 206, headers, body)
 
     def asked_start(self):
@@ -77,7 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         plan, asked = self.server.plan, self.headers.get("Range")
         if not (asked and plan.knows_ranges):
             return None
-        same = self.headers.get("If-Range") in plan.validators.values()
+        version = self.headers.get("If-Range")
+        same = version is None or version in plan.validators.values()
         return int(asked.removeprefix("bytes=").removesuffix("-")) if same else None
 
     def answer(self, status, headers, body):
