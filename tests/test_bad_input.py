@@ -358,6 +358,7 @@ def test_no_flags_at_all_name_the_first_missing_one(script, tmp_path, monkeypatc
     """Each script without flags says which flag it needs."""
     monkeypatch.chdir(tmp_path)
     wanted = "--data_dir" if script.endswith(("train", "nll")) else "--model_path"
+    wanted = {"convert_checkpoint": "--source", "npz_view": "--npz"}.get(script, wanted)
     check_refusal(run_script(script), wanted, "missing")
     assert not files_below(tmp_path)
 
