@@ -241,8 +241,8 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, room):
     before = write_set(tmp_path, 1)
     write = checkpoints._write_local
 
-    def write_on_full_disk(path, fill):
-        write(path, lambda file: fill(FullDisk(file, room)))
+    def write_on_full_disk(path, fill, durable):
+        write(path, lambda file: fill(FullDisk(file, room)), durable)
 
     monkeypatch.setattr(checkpoints, "_write_local", write_on_full_disk)
     with pytest.raises(OSError) as caught:

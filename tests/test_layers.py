@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "guided_diffusion"
 
 # A file imports only files that stand before it, also within its functions.
 ORDER = """
-    nn losses schedules streams launchers heartbeat weight_files dist_util log_outputs logger sharding
-    fp16_util blocks unet image_decoding npz_rows data_sources class_labels image_order
+    nn losses schedules streams launchers heartbeat weight_files dist_util log_outputs logger
+    sharding fp16_util blocks unet image_decoding npz_rows data_sources class_labels image_order
     image_datasets resample tables sampling gaussian_diffusion respace guidance flag_checks
     checkpoints checkpoint_sets flag_parsing presets config infer_flags trained_flags
     script_util estimates pictures signals reporting train_state parallel train_files validation

@@ -311,5 +311,5 @@ def test_two_jobs_in_one_folder(data, tmp_path, monkeypatch):
     before = (tmp_path / "progress.csv").read_text()
     with checkpoint_sets.reserved(str(tmp_path)):
         done = run_script("image_train", flags, resume_checkpoint="auto", max_steps=9)
-    assert done.code == 1 and "in use by another training run" in done.err
+    assert done.code == 1 and "in use by another run" in done.err
     assert (tmp_path / "progress.csv").read_text() == before
