@@ -2,9 +2,11 @@
 
 Three steps, each through the command-line scripts: `classifier_sample` draws ten images of every
 class at 28 x 28; they are shrunk to 14 x 14 by area, as in training; `super_res_sample` brings
-them back to 28 x 28. Takes no arguments; writes to demo_output/ in the current folder.
+them back to 28 x 28. Takes no arguments; writes to demo_output/ in the current folder, which it
+empties first.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ROOT / "models" / "fashion"
 OUT = Path("demo_output").resolve()
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -24,14 +25,10 @@ def draw_guided(folder: Path) -> Path:
     import classifier_sample
 
     classifier_sample.main([
-        "--model_path", str(MODELS / "diffusion.pt"),
-        "--classifier_path", str(MODELS / "classifier.pt"),
-        "--classifier_scale", "2.0",
-        "--classes", "0,1,2,3,4,5,6,7,8,9",
-        "--num_samples", "100",
+        "--preset", "fashion",
+        "--class_balanced", "True",
         "--batch_size", "50",
-        "--use_ddim", "True",
-        "--timestep_respacing", "ddim25",
+        "--save_every_t", "5",
         "--seed", "1",
         "--log_dir", str(folder),
     ])  # fmt: skip
@@ -53,9 +50,8 @@ def upsample(small: Path, folder: Path) -> None:
     import super_res_sample
 
     super_res_sample.main([
-        "--model_path", str(MODELS / "upsampler.pt"),
+        "--preset", "fashion",
         "--base_samples", str(small),
-        "--num_samples", "100",
         "--batch_size", "50",
         "--use_ddim", "True",
         "--timestep_respacing", "ddim10",
@@ -66,6 +62,7 @@ def upsample(small: Path, folder: Path) -> None:
 
 def main() -> None:
     """Run the three steps."""
+    shutil.rmtree(OUT, ignore_errors=True)  # or the samples there would count as done
     samples = draw_guided(OUT / "guided")
     shrink(samples, OUT / "small_100x14x14x1.npz")
     upsample(OUT / "small_100x14x14x1.npz", OUT / "upsampled")
