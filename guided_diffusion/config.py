@@ -36,7 +36,7 @@ from .flag_checks import (
     weights_file,
 )
 from .flag_parsing import defaults, find_mistake, fixed_names, flag, read_flags, run
-from .presets import PRESETS
+from .presets import PRESETS, expand
 
 __all__ = ["defaults", "find_mistake", "fixed_names", "flag", "parse_flags", "run", "str2bool"]
 
@@ -359,6 +359,15 @@ class ClassifierConfig:
     )
 
 
+# image size -> channel multiplier of each level, where --channel_mult is not given
+UNET_CHANNEL_MULT = {
+    64: (1, 2, 3, 4),
+    128: (1, 1, 2, 3, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+}
+SUPER_RES_CHANNEL_MULT = UNET_CHANNEL_MULT | {512: (1, 1, 2, 2, 4, 4)}
+
 # What each kind of checkpoint keeps in its flags file.
 DIFFUSION_GROUPS = (SizeConfig, PixelConfig, ModelConfig, DiffusionConfig)
 SUPER_RES_GROUPS = (SuperResConfig, PixelConfig, ModelConfig, DiffusionConfig)
@@ -408,5 +417,5 @@ def parse_flags(
     """Read a command line; a mistake ends the process. See `flag_parsing.read_flags`."""
     return read_flags(
         description, *groups, DryRunConfig, argv=argv, overrides=overrides, positional=positional,
-        find_conflict=find_conflict,
+        expand=expand, find_conflict=find_conflict,
     )  # fmt: skip

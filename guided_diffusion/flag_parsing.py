@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -113,6 +113,7 @@ def read_flags(
     argv: Iterable[str] | None = None,
     overrides: dict[str, Any] | None = None,
     positional: Sequence[str] = (),
+    expand: Callable[[dict[str, Any], Collection[str]], dict[str, Any]],
     find_conflict: Callable[[dict[str, Any]], str | None],
 ) -> argparse.Namespace:
     """Read a command line into a namespace of flag values; a mistake ends the process.
@@ -123,6 +124,8 @@ def read_flags(
         argv: the command line, sys.argv[1:] by default.
         overrides: defaults of this program where they differ.
         positional: flags whose values may stand at the front without the flags' names.
+        expand: (given, names of all flags) -> flags that others which were given stand for; it
+            raises a ValueError if there is something wrong with those.
         find_conflict: says which flags do not go together.
 
     Returns:
@@ -138,7 +141,10 @@ def read_flags(
     given = vars(
         parser.parse_args(_name_values(sys.argv[1:] if argv is None else argv, positional))
     )
-    values |= given
+    try:
+        values |= expand(given, values) | given
+    except ValueError as error:
+        parser.error(str(error))
     mistakes = [find_mistake(f, values[f.name]) for group in groups for f in fields(group)]
     if "model_path" not in values:  # else a file will complete the flags
         mistakes.append(find_conflict(values))

@@ -6,6 +6,7 @@ line wins over that.
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,3 +109,68 @@ PRESETS = {
         bundled=True,
     ),
 }  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------
+# From a name to files and flags
+
+SCRIPTS = {  # kind of checkpoint -> what draws from it
+    "diffusion model": "image_sample.py or classifier_sample.py",
+    "upsampler": "super_res_sample.py",
+}
+
+
+def expand(given: Flags, names: Collection[str]) -> Flags:
+    """Return the flags that --preset stands for; see `flag_parsing.read_flags`.
+
+    Args:
+        given: flags that the user gave, maybe among them a preset.
+        names: all flags of the script.
+
+    Raises:
+        ValueError: if the preset has not what the script needs, or a file is not there.
+    """
+    name = given.get("preset")
+    if name not in PRESETS:  # none was given, or the check of the flag will tell
+        return {}
+    preset = PRESETS[name]
+    kind = "upsampler" if "large_size" in names else "diffusion model"
+    if kind not in preset.files:
+        (other,) = preset.files.keys() & SCRIPTS.keys()
+        raise ValueError(f"--preset {name} is {article(other)} {other}: use {SCRIPTS[other]}")
+    flags = {flag: value for flag, value in preset.sampling.items() if flag in names}
+    if given.get("use_bf16"):  # which excludes the published float16
+        flags.pop("use_fp16", None)
+    if "model_path" not in given:
+        flags["model_path"] = _find_file(name, kind)
+    is_guided = "classifier_scale" in names and given.get("classifier_scale") != 0
+    if is_guided and "classifier_path" not in given:
+        flags["classifier_path"] = _find_file(name, "classifier")
+    return flags
+
+
+def article(kind: str) -> str:
+    """Return the article of a kind of checkpoint."""
+    return "an" if kind == "upsampler" else "a"
+
+
+def _find_file(name: str, kind: str) -> str:
+    """Return the path of a preset's file."""
+    preset = PRESETS[name]
+    if kind not in preset.files:
+        raise ValueError(
+            f"--preset {name} has no {kind}: use image_sample.py, or give --classifier_scale 0"
+        )
+    path = os.path.join(MODELS, preset.files[kind])
+    if not os.path.isfile(path):
+        remedy = "restore it" if preset.bundled else f"fetch it by python models/download.py {name}"
+        raise ValueError(f"--preset {name} needs {path}, which is not there: {remedy}")
+    return path
+
+
+def network_by_name(path: str, kind: str) -> Flags | None:
+    """Return what fixes the network of a released file, known by its name alone; else None."""
+    for preset in PRESETS.values():
+        if kind in preset.network and preset.files[kind] == os.path.basename(path):
+            return preset.network[kind]
+    return None

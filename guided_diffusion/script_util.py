@@ -11,21 +11,12 @@ from typing import Any
 
 from . import config, dist_util, logger
 from . import gaussian_diffusion as gd
-from .config import defaults
+from .config import SUPER_RES_CHANNEL_MULT, UNET_CHANNEL_MULT, defaults
 from .flag_checks import str2bool as str2bool  # the published home of the name
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 NUM_CLASSES = config.PixelConfig.num_classes
-
-# image size -> channel multiplier of each level, where --channel_mult is not given
-UNET_CHANNEL_MULT = {
-    64: (1, 2, 3, 4),
-    128: (1, 1, 2, 3, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-}
-SUPER_RES_CHANNEL_MULT = UNET_CHANNEL_MULT | {512: (1, 1, 2, 2, 4, 4)}
 
 
 # --------------------------------------------------------------------------------------------

@@ -1,26 +1,39 @@
-"""Completing a command line with the flags that stand beside checkpoints.
+"""Completing a command line with the flags that checkpoints were trained with.
 
-No torch is imported here: a contradiction is told before anything is loaded or written.
+They stand in the file beside a checkpoint; without one, in the table of a preset; else they are
+inferred from its tensors. Only for the last is torch imported: any other contradiction is told
+before anything is loaded or written.
 """
 
 import argparse
 import os
-from dataclasses import fields
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from typing import Any
 
-from . import checkpoint_sets, checkpoints, config
-
-KINDS = {  # what a checkpoint may be -> the groups of its flags
-    "diffusion model": config.DIFFUSION_GROUPS,
-    "upsampler": config.SUPER_RES_GROUPS,
-    "classifier": config.CLASSIFIER_GROUPS,
-}
+from . import checkpoint_sets, checkpoints, config, dist_util, infer_flags, presets
+from .infer_flags import KINDS
 
 # What a classifier and the model that it guides must have in common.
 COMMON = (
     "image_size", "in_channels", "num_classes", "diffusion_steps", "noise_schedule",
     "rescale_timesteps",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known of how a checkpoint was trained.
+
+    Attributes:
+        flags: flag -> value.
+        certain: names of flags that a command line may not contradict.
+        note: what was read from the tensors and what assumed, for the log; mostly empty.
+    """
+
+    flags: dict[str, Any]
+    certain: Collection[str]
+    note: str = ""
 
 
 def complete(args: argparse.Namespace, kind: str = "diffusion model") -> argparse.Namespace:
@@ -31,14 +44,16 @@ def complete(args: argparse.Namespace, kind: str = "diffusion model") -> argpars
         kind: which of KINDS --model_path must be.
 
     Returns:
-        a copy of `args`; to complete it again changes nothing.
+        a copy of `args`, in which `notes` says, a line per checkpoint that has no flags file,
+        what was read from its tensors and what assumed. To complete it again changes nothing.
 
     Raises:
         ValueError: if a file is missing or of another kind, a flag contradicts it, or flags do
             not go together.
     """
-    saved = _read(args.model_path, "model_path", kind)
-    args = adopt_flags(args, saved, args.model_path, *KINDS[kind])
+    model = find_trained(args, "model_path", kind)
+    args = adopt_flags(args, model, "model_path", *KINDS[kind])
+    args.notes = [model.note] if model.note else []
     if getattr(args, "classifier_path", "") and args.classifier_scale:
         args = _adopt_classifier(args)
     conflict = config.find_conflict(vars(args))
@@ -55,9 +70,10 @@ def resume(args: argparse.Namespace, kind: str = "diffusion model") -> argparse.
         kind: which of KINDS the script trains.
 
     Returns:
-        a copy of `args`, in which `resume_checkpoint` is a file or "" and `resume_asked` what
-        the user gave. Flags that fix the network may differ from those of `init_from`, since what
-        does not fit is not taken over, but not from those of a run that goes on.
+        a copy of `args`, in which `resume_checkpoint` is a file or "", `resume_asked` what the
+        user gave, and `notes` as in `complete`. Flags that fix the network may differ from those
+        of `init_from`, since what does not fit is not taken over, but not from those of a run
+        that goes on.
 
     Raises:
         ValueError: as `complete`, or if there is nothing to go on from.
@@ -71,12 +87,12 @@ def resume(args: argparse.Namespace, kind: str = "diffusion model") -> argparse.
             f"--init_from {init_from} begins a new run and --resume_checkpoint "
             f"{args.resume_asked} goes on with an old one: give one of them"
         )
-    found = {"resume_checkpoint": args.resume_checkpoint, "init_from": init_from}
-    for flag, path in found.items():
-        if path:
-            saved = _read(path, flag, kind)
-            args = adopt_flags(args, saved, path, *KINDS[kind], strict=flag != "init_from")
-            break
+    args.notes = []
+    flag = "resume_checkpoint" if args.resume_checkpoint else "init_from" if init_from else None
+    if flag:
+        trained = find_trained(args, flag, kind)
+        args = adopt_flags(args, trained, flag, *KINDS[kind], strict=flag != "init_from")
+        args.notes = [trained.note] if trained.note else []
     conflict = config.find_conflict(vars(args))
     if conflict:
         raise ValueError(conflict)
@@ -85,8 +101,9 @@ def resume(args: argparse.Namespace, kind: str = "diffusion model") -> argparse.
 
 def _adopt_classifier(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in the classifier's own flags, and check that it fits the model."""
-    path = args.classifier_path
-    saved = _read(path, "classifier_path", "classifier")
+    path, common = args.classifier_path, {name: getattr(args, name) for name in COMMON}
+    trained = find_trained(args, "classifier_path", "classifier", likely=common)
+    saved = trained.flags
     if not args.class_cond and "num_classes" not in args.given:  # the model itself knows no classes
         args.num_classes = saved.get("num_classes", args.num_classes)
     for name in COMMON:
@@ -97,24 +114,102 @@ def _adopt_classifier(args: argparse.Namespace) -> argparse.Namespace:
                 f"of --model_path {args.model_path} has --{name} {mine}: use a classifier that "
                 "was trained for this model"
             )
-    return adopt_flags(args, saved, path, config.ClassifierConfig)
+    args = adopt_flags(args, trained, "classifier_path", config.ClassifierConfig)
+    args.notes = args.notes + ([trained.note] if trained.note else [])
+    return args
 
 
-def _read(path: str, flag: str, kind: str) -> dict[str, Any]:
-    """Return the flags beside checkpoint `path`, {} if there are none; it must be a `kind`."""
+def adopt_flags(
+    args: argparse.Namespace, trained: Trained, flag: str, *groups: type, strict: bool = True
+) -> argparse.Namespace:
+    """Fill in the flags that a checkpoint was trained with.
+
+    Args:
+        args: the command line, from `config.parse_flags`.
+        trained: what is known of the checkpoint.
+        flag: the flag that names the checkpoint, for the message.
+        groups: the groups that describe this kind of checkpoint.
+        strict: False lets the user's values win.
+
+    Returns:
+        a copy of `args`; flags that neither the user nor a preset set have the checkpoint's values.
+
+    Raises:
+        ValueError: if the user gave a flag that fixes the network another value.
+    """
+    merged, preset = argparse.Namespace(**vars(args)), _preset(args)
+    names = [name for name in config.defaults(*groups) if name in trained.flags]
+    for name in names:
+        if name not in args.given and not (preset and name in preset.sampling):
+            setattr(merged, name, trained.flags[name])
+    mine = {name: getattr(args, name) for name in names if name in args.given}
+    network = vars(args) | trained.flags
+    wrong = [n for n in infer_flags.departures(network, mine) if n in trained.certain]
+    if strict and wrong:
+        told = [
+            f"{name}: the checkpoint has {_shown(network[name])}, the command line says "
+            f"{_shown(mine[name])}"
+            for name in wrong
+        ]
+        remedy = f"leave {', '.join(f'--{name}' for name in wrong)} out"
+        raise ValueError(f"--{flag} {getattr(args, flag)}: {'; '.join(told)}: {remedy}")
+    return merged
+
+
+def _shown(value: Any) -> str:
+    return '""' if value == "" else str(value)
+
+
+# --------------------------------------------------------------------------------------------
+# Where the flags of a checkpoint stand
+
+
+def find_trained(
+    args: argparse.Namespace, flag: str, kind: str, likely: dict[str, Any] | None = None
+) -> Trained:
+    """Find out how the checkpoint that `flag` names was trained; it must be a `kind`.
+
+    Args:
+        args: the command line.
+        flag: model_path, classifier_path, resume_checkpoint or init_from.
+        kind: a key of KINDS.
+        likely: values to assume, rather than the defaults, for what tensors do not show.
+
+    Raises:
+        ValueError: if there is no such file, or it is of another kind or damaged.
+    """
+    path, preset = getattr(args, flag), _preset(args)
     if not checkpoints.exists(path):
         raise ValueError(f"--{flag} {path} does not exist: give a checkpoint file")
     saved = checkpoints.load_flags(path)
-    if saved and checkpoints.kind_of(saved) != kind:
-        raise ValueError(
-            f"--{flag} {path} holds a {checkpoints.kind_of(saved)}: give a file with a {kind}"
-        )
+    if saved:
+        _require_kind(checkpoints.kind_of(saved), kind, flag, path)
+        _check_values(saved, kind, checkpoints.flags_path(path))
+        return Trained(saved, config.fixed_names(*KINDS[kind]))
+    if preset and kind in preset.network:
+        network = whole_network(preset.network[kind], kind)
+        return Trained(network, network.keys())
+    return _infer(args, flag, kind, likely or {})
+
+
+def _preset(args: argparse.Namespace) -> presets.Preset | None:
+    return presets.PRESETS.get(getattr(args, "preset", ""))
+
+
+def _require_kind(found: str, kind: str, flag: str, path: str) -> None:
+    """Raise a ValueError if a checkpoint is of another kind."""
+    if found != kind:
+        holds, wanted = f"{presets.article(found)} {found}", f"{presets.article(kind)} {kind}"
+        raise ValueError(f"--{flag} {path} holds {holds}: give a file with {wanted}")
+
+
+def _check_values(saved: dict[str, Any], kind: str, file: str) -> None:
+    """Raise a ValueError if a flags file has a value that no command line could have."""
     declared = {f.name: f for group in KINDS[kind] for f in fields(group)}
     for name in declared.keys() & saved.keys():
         problem = _find_mistake(declared[name], saved[name])
         if problem:
-            raise ValueError(f"{checkpoints.flags_path(path)}: {problem}; restore or remove it")
-    return saved
+            raise ValueError(f"{file}: {problem}; restore or remove it")
 
 
 def _find_mistake(f: Any, value: Any) -> str | None:
@@ -125,41 +220,66 @@ def _find_mistake(f: Any, value: Any) -> str | None:
     return config.find_mistake(f, value)
 
 
-def adopt_flags(
-    args: argparse.Namespace,
-    saved: dict[str, Any],
-    path: str,
-    *groups: type,
-    strict: bool = True,
-) -> argparse.Namespace:
-    """Fill in the flags that a checkpoint was trained with.
+def whole_network(network: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Complete the table of a preset with the defaults that fix a network and its process.
 
-    Args:
-        args: the command line, from `config.parse_flags`.
-        saved: flag -> value from the file beside the checkpoint.
-        path: the checkpoint, for the message.
-        groups: the groups that describe this kind of checkpoint.
-        strict: False lets the user's values win.
+    The published commands give a classifier no process of its own, so it has that of the model.
+    """
+    groups = [
+        g for g in KINDS[kind] if not (kind == "classifier" and g is config.DiffusionConfig)
+    ]  # fmt: skip
+    fixed = config.fixed_names(*groups)
+    return {n: v for n, v in config.defaults(*groups).items() if n in fixed} | network
 
-    Returns:
-        a copy of `args`; flags that the user did not give have the checkpoint's values.
+
+def _infer(args: argparse.Namespace, flag: str, kind: str, likely: dict[str, Any]) -> Trained:
+    """Infer flags from the tensors of a checkpoint, and from its name if that is a released one."""
+    path = getattr(args, flag)
+    shapes = read_shapes(path)
+    try:
+        found = infer_flags.infer(shapes)
+    except ValueError as error:
+        if flag == "init_from":  # which takes what fits
+            return Trained({}, ())
+        remedy = "give a checkpoint of these scripts, or of the published ones"
+        raise ValueError(f"--{flag} {path} holds weights, but {error}: {remedy}") from error
+    _require_kind(found.kind, kind, flag, path)
+    why = "since weights do not show it"
+    network = presets.network_by_name(path, kind)
+    if network:
+        whole = whole_network(network, kind)
+        if not infer_flags.departures(whole, infer_flags.infer(shapes, {}, whole).shown):
+            likely, why = likely | whole, "from its name"
+    given = {name: getattr(args, name) for name in args.given}
+    found = infer_flags.infer(shapes, given, likely)
+    return Trained(found.shown | found.assumed, found.shown.keys(), _note(path, found, given, why))
+
+
+def _note(path: str, found: infer_flags.Inferred, given: dict[str, Any], why: str) -> str:
+    """Say what was read from a checkpoint and what was assumed."""
+    read = {name: value for name, value in found.shown.items() if name not in given}
+    parts = [
+        f"{lead}: {', '.join(f'{name} {_shown(value)}' for name, value in flags.items())}"
+        for lead, flags in [("read from its weights", read), (f"assumed, {why}", found.assumed)]
+        if flags
+    ]
+    if found.assumed:
+        parts.append("give those that differ")
+    return f"{path} has no flags file: {'; '.join(parts)}" if parts else ""
+
+
+def read_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a checkpoint, by name.
 
     Raises:
-        ValueError: if the user gave a flag that fixes the network another value.
+        ValueError: if the file cannot be read or holds anything but tensors.
     """
-    fixed, merged = config.fixed_names(*groups), argparse.Namespace(**vars(args))
-    for name in (name for name in config.defaults(*groups) if name in saved):
-        mine, theirs = getattr(args, name), saved[name]
-        if name not in args.given:
-            setattr(merged, name, theirs)
-        elif strict and name in fixed and _canonical(mine) != _canonical(theirs):
-            raise ValueError(
-                f"--{name} {mine} contradicts {path}, which was trained with --{name} {theirs}; "
-                f"leave --{name} out"
-            )
-    return merged
-
-
-def _canonical(value: Any) -> Any:
-    """Make '16,8' and '16, 8' equal; everything else stays as it is."""
-    return value.replace(" ", "") if isinstance(value, str) else value
+    weights = dist_util.load_state_dict(path, mmap=True)
+    tensors = weights if isinstance(weights, dict) else {}
+    good = (isinstance(name, str) and hasattr(t, "shape") for name, t in tensors.items())
+    if not tensors or not all(good):
+        raise ValueError(
+            f"{path} holds no weights: give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt, not the "
+            "optimizer's or another file"
+        )
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
