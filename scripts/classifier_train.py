@@ -21,6 +21,10 @@ def main(argv=None):
         overrides={"lr": 3e-4, "batch_size": 4, "random_crop": True, "ema_rate": ""},
     )
     args = trained_flags.resume(args, "classifier")
+    if args.dry_run:
+        from guided_diffusion.estimates import dry_run
+
+        return dry_run(args, "classifier")
 
     from guided_diffusion.losses import classifier_losses
     from guided_diffusion.script_util import (

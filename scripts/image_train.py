@@ -18,6 +18,10 @@ def main(argv=None):
         argv=argv,
     )
     args = trained_flags.resume(args)
+    if args.dry_run:
+        from guided_diffusion.estimates import dry_run
+
+        return dry_run(args)
 
     from guided_diffusion.script_util import (
         args_to_dict,

@@ -20,6 +20,10 @@ def main(argv=None):
         argv=argv,
     )
     args = trained_flags.resume(args, "upsampler")
+    if args.dry_run:
+        from guided_diffusion.estimates import dry_run
+
+        return dry_run(args, "upsampler")
 
     from guided_diffusion.image_datasets import add_low_res
     from guided_diffusion.script_util import (
