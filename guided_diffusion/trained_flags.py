@@ -51,10 +51,16 @@ def complete(args: argparse.Namespace, kind: str = "diffusion model") -> argpars
         ValueError: if a file is missing or of another kind, a flag contradicts it, or flags do
             not go together.
     """
+    is_guided = bool(getattr(args, "classifier_path", "") and args.classifier_scale)
     model = find_trained(args, "model_path", kind)
+    if is_guided and model.note:  # of what was assumed, the classifier may know better
+        classifier = find_trained(args, "classifier_path", "classifier")
+        known = {name: classifier.flags[name] for name in COMMON if name in classifier.flags}
+        likely = {name: value for name, value in known.items() if name in classifier.certain}
+        model = find_trained(args, "model_path", kind, likely)
     args = adopt_flags(args, model, "model_path", *KINDS[kind])
     args.notes = [model.note] if model.note else []
-    if getattr(args, "classifier_path", "") and args.classifier_scale:
+    if is_guided:
         args = _adopt_classifier(args)
     conflict = config.find_conflict(vars(args))
     if conflict:

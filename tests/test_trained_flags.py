@@ -294,7 +294,7 @@ def test_what_weights_do_not_show_is_the_users(bare):
 
 def test_inferred_flags_are_complete(bare):
     """To complete them again changes nothing, the notes among them."""
-    once = trained_flags.complete(bare_guided(bare, image_size=8))
+    once = trained_flags.complete(bare_guided(bare))
     assert len(once.notes) == 2
     assert vars(trained_flags.complete(once)) == vars(once)
 
@@ -308,6 +308,18 @@ def test_an_inferred_classifier_has_the_world_of_its_model(bare, make):
     model = make("n", "diffusion model", **TRAINED["diffusion model"] | {"image_size": 16})
     with pytest.raises(ValueError, match="--classifier_path .* --image_size 8, but .* 16"):
         trained_flags.complete(guided(model, str(bare / "c.pt")))
+
+
+def test_an_inferred_model_has_the_world_of_its_classifier(bare, make):
+    """What the model's weights do not show is assumed as the classifier shows or has it."""
+    args = trained_flags.complete(bare_guided(bare))
+    assert (args.image_size, args.attention_resolutions, args.noise_schedule) == (8, "4", "linear")
+    assert "image_size 8" in args.notes[0] and str(bare / "d.pt") in args.notes[0]
+    classifier = make("k", "classifier", **TRAINED["classifier"], noise_schedule="cosine")
+    args = trained_flags.complete(guided(str(bare / "d.pt"), classifier))
+    assert (args.image_size, args.noise_schedule, len(args.notes)) == (8, "cosine", 1)
+    with pytest.raises(ValueError, match="--classifier_path .* --noise_schedule cosine, .* linear"):
+        trained_flags.complete(guided(str(bare / "d.pt"), classifier, noise_schedule="linear"))
 
 
 @pytest.mark.parametrize(
