@@ -25,12 +25,14 @@ class Preset:
         network: kind of checkpoint -> the flags that fix it, where they are not the defaults.
         sampling: flags that say how to sample; the command line wins over them.
         bundled: the files come with the project, their flags beside them.
+        classes: the file in MODELS with the class names by number, "" if there is none.
     """
 
     files: dict[str, str]
     network: dict[str, Flags] = field(default_factory=dict)
     sampling: Flags = field(default_factory=dict)
     bundled: bool = False
+    classes: str = ""
 
 
 # What all released networks, and all released diffusion models of 256 x 256 and more, share.
@@ -40,6 +42,7 @@ ADM = {
     "noise_schedule": "linear",
 }  # fmt: skip
 ADM_256 = ADM | {"image_size": 256, "num_channels": 256, "num_head_channels": 64}
+IMAGENET = "imagenet_classes.txt"
 PUBLISHED = {"batch_size": 4, "num_samples": 100, "timestep_respacing": "250", "use_fp16": True}
 
 
@@ -53,6 +56,7 @@ def _guided(size: int, scale: float, network: Flags, name: str = "", **more: Any
         },
         {"diffusion model": {"class_cond": True} | network, "classifier": classifier},
         PUBLISHED | {"classifier_scale": scale} | more,
+        classes=IMAGENET,
     )
 
 
@@ -65,7 +69,7 @@ def _lsun(name: str) -> Preset:
 def _upsampler(name: str, **network: Any) -> Preset:
     """Return the preset of an upsampler."""
     network = ADM | {"num_channels": 192, "class_cond": True} | network
-    return Preset({"upsampler": name}, {"upsampler": network}, PUBLISHED)
+    return Preset({"upsampler": name}, {"upsampler": network}, PUBLISHED, classes=IMAGENET)
 
 
 PRESETS = {

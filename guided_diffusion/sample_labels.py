@@ -9,6 +9,7 @@ import numpy as np
 
 from . import checkpoints
 from .pictures import class_names
+from .presets import MODELS, PRESETS
 from .streams import LABEL, stream
 
 
@@ -56,12 +57,15 @@ def choose_classes(args: argparse.Namespace) -> np.ndarray | None:
 
 
 def known_names(args: argparse.Namespace) -> list[str] | None:
-    """Return the class names beside the model or its classifier, None if there are none."""
-    for path in (args.model_path, getattr(args, "classifier_path", "")):
-        names = class_names(path) if path else None
+    """Return the class names beside the model or its classifier, or of its preset, or None."""
+    for path in filter(None, (args.model_path, getattr(args, "classifier_path", ""))):
+        names = class_names(path)
         if names is not None:
             return names
-    return None
+    preset = PRESETS.get(getattr(args, "preset", ""))
+    if preset is None or not preset.classes:
+        return None
+    return checkpoints.read_class_names(os.path.join(MODELS, preset.classes))
 
 
 def numbers_of(

@@ -5,7 +5,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 
-from guided_diffusion.sample_labels import Labels, choose_classes
+from guided_diffusion.sample_labels import Labels, choose_classes, known_names
 
 NAMES = "T-shirt\nTrouser\ncrane\ncrane\n"
 
@@ -43,6 +43,15 @@ def test_classes_are_numbers_or_names(model):
     assert choose(classes="3, 0").tolist() == [3, 0]
     assert choose(model, classes="t-SHIRT , 2,Trouser").tolist() == [0, 2, 1]
     assert choose(model) is None
+
+
+def test_a_preset_knows_the_names_of_imagenet():
+    """In the order of the labels that the released models learnt, each name once."""
+    chosen = choose(preset="imagenet64", num_classes=1000, classes="tench,otter,golden retriever")
+    assert chosen.tolist() == [0, 360, 207]
+    names = known_names(Namespace(preset="upsample_64_256", model_path=""))
+    assert len(names) == len({name.casefold() for name in names}) == 1000
+    assert not any("," in name or name != name.strip() for name in names)
 
 
 def test_balanced_is_every_class_in_turn():
