@@ -105,6 +105,11 @@ def make_broken_data(place):
     (place / "few.csv").write_text(f"{names[0]},0\n")
     (place / "high.csv").write_text("".join(f"{name},{i}\n" for i, name in enumerate(names)))
     (place / "text.zip").write_text("hello")
+    (place / "few.json").write_text("[0]")
+    (place / "names.txt").write_text("0\ncat\n")
+    (place / "empty.txt").touch()
+    (place / "full").mkdir()
+    (place / "full" / "samples_2x8x8x1.json").write_text("[]")
     make_images(place / "other_classes", count=4)
     for path in list((place / "other_classes").iterdir()):
         path.rename(path.with_name("cat_" + path.name))
@@ -133,6 +138,9 @@ def command(script, place):
         "classifier_sample": model | sample | classifier,
         "super_res_sample": upsample | sample,
         "image_nll": model | data | {"batch_size": 4},
+        "image_invert": model | data | {"batch_size": 4},
+        "npz_view": {"npz": place / "base.npz"},
+        "convert_checkpoint": {"source": place / "bare.pt", "target": place / "new.safetensors"},
     }[script]
 
 
@@ -301,8 +309,23 @@ CASES = [
     ("image_sample", {"model_path": "PLACE/c/model000001.pt"}, "--model_path classifier"),
     ("image_nll", {"model_path": "PLACE/s/model000001.pt"}, "--model_path upsampler"),
     ("super_res_sample", {"model_path": "PLACE/d/model000001.pt"}, "--model_path diffusion model"),
-    ("image_sample", {"classes": "0,3"}, "--classes 0,3 0 to 2"),
-    ("image_sample", {"classes": "cat"}, "--classes cat numbers"),
+    ("image_sample", {"classes": "0,3"}, "--classes 3 0 to 2"),
+    ("image_sample", {"classes": "cat"}, "--classes 'cat' number 0, 1, 2"),
+    ("image_sample", {"classes": "0,,1"}, "--classes 0,,1 207,360"),
+    ("image_sample", {"classes": "-1"}, "--classes -1 from 0 on"),
+    ("image_sample", {"classes": "1", "class_balanced": True}, "--classes --class_balanced one"),
+    ("image_sample", {"labels_file": "PLACE/x.txt"}, "--labels_file x.txt exist"),
+    ("image_sample", {"labels_file": "PLACE/few.json"}, "--labels_file few.json .txt .csv .npy"),
+    ("image_sample", {"labels_file": "PLACE/names.txt"}, "--labels_file names.txt 'cat'"),
+    ("image_sample", {"labels_file": "PLACE/empty.txt"}, "--labels_file empty.txt no class line"),
+    ("image_sample", {"labels_file": "PLACE/base_object.npz"}, "--labels_file base_object.npz"),
+    ("image_sample", {"save_every_t": -1}, "--save_every_t -1 at least 0"),
+    ("image_sample", {"num_samples": 0}, "--num_samples 0 at least 1"),
+    ("image_sample", {"preset": "imagenet"}, "--preset imagenet imagenet64 fashion"),
+    ("image_sample", {"preset": "upsample_64_256"}, "--preset upsampler super_res_sample.py"),
+    ("classifier_sample", {"preset": "lsun_cat", "classifier_path": ""}, "--classifier_path"),
+    ("super_res_sample", {"preset": "lsun_cat"}, "--preset lsun_cat image_sample.py"),
+    ("image_sample", {"log_dir": "PLACE/full"}, "samples_2x8x8x1.json --log_dir"),
     (
         "image_sample",
         {"model_path": "PLACE/u/model000001.pt", "classes": "1"},
@@ -324,7 +347,21 @@ CASES = [
     ("super_res_sample", {"base_samples": "PLACE/base_named.npz"}, "--base_samples arr_0"),
     ("super_res_sample", {"base_samples": "PLACE/base_object.npz"}, "--base_samples arr_0"),
     ("super_res_sample", {"base_samples": "PLACE/base_text.npz"}, "--base_samples base_text.npz"),
-    ("super_res_sample", {"base_samples": "PLACE/none"}, "--base_samples none folder"),
+    ("super_res_sample", {"base_samples": "PLACE/none"}, "--base_samples none images png"),
+    ("super_res_sample", {"base_samples": "PLACE/data"}, "--base_samples data .png 8 x 8 4 x 4"),
+    ("super_res_sample", {"base_samples": "PLACE/broken"}, "--base_samples broken .png 8 x 8"),
+    ("super_res_sample", {"base_samples": "PLACE/text.zip"}, "--base_samples text.zip"),
+    ("super_res_sample", {"low_res_noise": -0.1}, "--low_res_noise -0.1 0"),
+    ("super_res_sample", {"low_res_noise": "nan"}, "--low_res_noise nan finite"),
+    ("image_invert", {"data_dir": "PLACE/none"}, "--data_dir none images png"),
+    ("image_invert", {"model_path": "PLACE/c/model000001.pt"}, "--model_path classifier"),
+    ("npz_view", {"npz": "PLACE/base_text.npz"}, "base_text.npz npz"),
+    ("npz_view", {"npz": "PLACE/base.npz", "out": "PLACE/a.jpg"}, "--out a.jpg .png"),
+    ("npz_view", {"npz": "PLACE/base.npz", "start": 2}, "--start 2 images"),
+    ("convert_checkpoint", {"target": "PLACE/bare.pt"}, "--target bare.pt exists"),
+    ("convert_checkpoint", {"target": "PLACE/bare.bin"}, "--target bare.bin .pt .safetensors"),
+    ("convert_checkpoint", {"source": "PLACE/code_in_zip.pt"}, "code_in_zip.pt could run code"),
+    ("convert_checkpoint", {"source": "PLACE/d/opt000001.pt"}, "opt000001.pt weights"),
 ]
 
 
@@ -341,7 +378,8 @@ def test_a_mistake_ends_in_one_line(case, place, monkeypatch):
     wrong = {
         k: v.replace("PLACE", str(place)) if isinstance(v, str) else v for k, v in wrong.items()
     }
-    flags = command(script, place) | {"log_dir": place / "new" / "run"} | wrong
+    has_log = script not in ("npz_view", "convert_checkpoint")
+    flags = command(script, place) | ({"log_dir": place / "new" / "run"} if has_log else {}) | wrong
     before = files_below(place)
     done = run_script(script, flags)
     check_refusal(done, *words.split())
@@ -364,7 +402,8 @@ def test_a_classifier_of_another_world_is_refused(name, place):
 def test_no_flags_at_all_name_the_first_missing_one(script, tmp_path, monkeypatch):
     """Each script without flags says which flag it needs."""
     monkeypatch.chdir(tmp_path)
-    wanted = "--data_dir" if script.endswith(("train", "nll")) else "--model_path"
+    reads_images = script.endswith(("train", "nll", "invert"))
+    wanted = "--data_dir" if reads_images else "--model_path"
     wanted = {"convert_checkpoint": "--source", "npz_view": "--npz"}.get(script, wanted)
     check_refusal(run_script(script), wanted, "missing")
     assert not files_below(tmp_path)
