@@ -101,11 +101,13 @@ def is_rank(pid):
 
 
 def kill(job, whom, rng):
-    """Kill a whole job, or one of its ranks."""
+    """Kill a whole job, or one of its ranks, or the launcher alone."""
     family = sorted(family_of(job.pid))
     rng.shuffle(family)
     if whom == "rank":
         family = [pid for pid in family if is_rank(pid)][:1]
+    if whom == "launcher":
+        family = [job.pid]
     for pid in family:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -208,7 +210,7 @@ def test_batch_sizes_agree(wholes):
 
 
 def test_batches_and_ranks_may_change_on_the_way(tmp_path):
-    """DDIM, guided, killed twice: what is there stays, the rest is drawn in other batches."""
+    """DDIM, guided, killed thrice: what is there stays, the rest is drawn in other batches."""
     rng, whole, folder = random.Random(1), tmp_path / "whole", tmp_path / "out"
     flags = DDIM | {"batch_size": 4}
     run_whole("classifier_sample", whole, flags)
@@ -217,7 +219,7 @@ def test_batches_and_ranks_may_change_on_the_way(tmp_path):
         {"ranks": 2, "launcher": "torchrun", "flags": {"batch_size": 3}},
         {"ranks": 3, "flags": {"batch_size": 5}},
     ]
-    kills = [("draw", "job"), ("draw", "rank")]
+    kills = [("draw", "job"), ("draw", "launcher"), ("draw", "rank")]
     done = run_with_kills("classifier_sample", folder, flags, kills, rng, hows)
     assert_clean(folder)
     told = assert_lawful(folder, whole)
