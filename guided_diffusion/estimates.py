@@ -33,12 +33,8 @@ from .fp16_util import MixedPrecisionTrainer
 from .guidance import classifier_guidance
 from .losses import classifier_losses
 from .presets import PRESETS
+from .script_util import CREATE
 
-CREATE = {  # what to build (see trained_flags.KINDS) -> what builds it and its process
-    "diffusion model": script_util.create_model_and_diffusion,
-    "upsampler": script_util.sr_create_model_and_diffusion,
-    "classifier": script_util.create_classifier_and_diffusion,
-}
 META = torch.device("meta")
 WORK = "within a step, at most"  # activations and gradients on their way, or the optimizer's work
 

@@ -26,14 +26,8 @@ from .pictures import to_uint8
 from .sample_files import IN_FILM, INDIFFERENT, SampleFiles
 from .sample_labels import Labels, choose_classes, known_names
 from .sampling import Step
-from .script_util import choose_seed
+from .script_util import CREATE, choose_seed
 from .streams import ChainNoise, chain_noises
-
-CREATE = {  # what a checkpoint may be (see trained_flags.KINDS) -> what builds it
-    "diffusion model": script_util.create_model_and_diffusion,
-    "upsampler": script_util.sr_create_model_and_diffusion,
-}
-
 
 # --------------------------------------------------------------------------------------------
 # Loading
@@ -54,6 +48,8 @@ def load_model_and_diffusion(
     Raises:
         ValueError: if flags do not go together, or the file does not fit them.
     """
+    for note in getattr(args, "notes", []):
+        logger.log(note)
     settle_precision(args)
     flags = script_util.args_to_dict(args, config.defaults(*trained_flags.KINDS[kind]))
     model, diffusion = CREATE[kind](**flags)
@@ -128,8 +124,6 @@ def sampling(
             args.log_dir, greeting=None if args.log_dir else partial(_how_to_go_on, args)
         ),
     ):
-        for note in getattr(args, "notes", []):
-            logger.log(note)
         settle_precision(args)
         with dist_util.stage("reading the checkpoints"):
             flags = _flags_that_count(args, chosen, base) if dist_util.is_main() else None

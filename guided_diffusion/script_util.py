@@ -308,6 +308,13 @@ def create_gaussian_diffusion(
     )
 
 
+CREATE = {  # what a checkpoint may be (see trained_flags.KINDS) -> what builds it and its process
+    "diffusion model": create_model_and_diffusion,
+    "upsampler": sr_create_model_and_diffusion,
+    "classifier": create_classifier_and_diffusion,
+}
+
+
 # --------------------------------------------------------------------------------------------
 # The seed
 

@@ -35,6 +35,8 @@ def training_session(args: argparse.Namespace):
         logger.session(args.log_dir, tensorboard=args.tensorboard, comm=logger.Ranks()),
         checkpoint_sets.reserved(get_blob_logdir()),
     ):
+        for note in args.notes:
+            logger.log(note)
         _agree_on_resume(args)
         args.seed = _choose_seed(args)
         train_state.seed_globally(args.seed)

@@ -62,17 +62,11 @@ class Release:
         """Return its network on the meta device: names and shapes without numbers."""
         import torch
 
-        from guided_diffusion import script_util as su
+        from guided_diffusion import config, script_util, trained_flags
 
-        create, defaults = {
-            "diffusion model": (su.create_model_and_diffusion, su.model_and_diffusion_defaults),
-            "upsampler": (su.sr_create_model_and_diffusion, su.sr_model_and_diffusion_defaults),
-            "classifier": (
-                su.create_classifier_and_diffusion, su.classifier_and_diffusion_defaults,
-            ),
-        }[self.kind]  # fmt: skip
+        flags = config.defaults(*trained_flags.KINDS[self.kind]) | self.network
         with torch.device("meta"):
-            return create(**defaults() | self.network)[0]
+            return script_util.CREATE[self.kind](**flags)[0]
 
     def num_bytes(self) -> int:
         """Return the size of its tensors, all float32; the file is a little larger."""

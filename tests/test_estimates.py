@@ -22,7 +22,6 @@ from torch import nn
 from guided_diffusion import config, trained_flags
 from guided_diffusion.blocks import AttentionBlock, QKVAttention
 from guided_diffusion.estimates import (
-    CREATE,
     WORK,
     Meter,
     count_flops,
@@ -32,6 +31,7 @@ from guided_diffusion.estimates import (
 )
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.losses import classifier_losses
+from guided_diffusion.script_util import CREATE
 
 FASHION = ROOT / "models" / "fashion"
 TRAINED = {
