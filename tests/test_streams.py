@@ -10,7 +10,7 @@ PURPOSES = [value for name, value in vars(streams).items() if name.isupper()]
 
 def test_a_purpose_is_a_stream_of_its_own():
     """No two purposes share a number, or one use of a seed would follow from another."""
-    assert len(set(PURPOSES)) == len(PURPOSES) == 12
+    assert len(set(PURPOSES)) == len(PURPOSES) == 13
     draws = [tuple(streams.stream(3, 5, purpose).integers(2**62, size=2)) for purpose in PURPOSES]
     assert len(set(draws)) == len(draws)
 
@@ -55,3 +55,34 @@ def test_drawing_ahead_changes_nothing():
         noise = ahead.take(numbers, (2, 3), following)
         expected = streams.normal(5, numbers, streams.TRAIN_NOISE, (2, 3))
         np.testing.assert_array_equal(noise, expected)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 4], [6], [5, 1]])
+def test_the_noise_of_a_chain_is_that_of_its_image(sizes):
+    """Block k of image i is the same in any batch: the start, then what follows in its chain."""
+    ends = np.cumsum(sizes).tolist()
+    batches = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    found = np.empty((6, 3, 2, 5), np.float32)  # image, block, shape
+    for indices, noise in streams.chain_noises(7, batches, (2, 5)):
+        for block in range(3):
+            found[indices.start : indices.stop, block] = noise.take()
+    np.testing.assert_array_equal(found[:, 0], streams.normal(7, range(6), streams.NOISE, (2, 5)))
+    for i in range(6):
+        chain = streams.stream(7, i, streams.CHAIN)
+        expected = chain.standard_normal((2, 2, 5), dtype=np.float32)
+        np.testing.assert_array_equal(found[i, 1:], expected)
+
+
+def test_the_noise_of_the_next_batch_is_begun_before(monkeypatch):
+    """While a batch is drawn, the thread has the start of the one after it."""
+    begun = []
+    draw = streams.normal
+    monkeypatch.setattr(
+        streams, "normal", lambda seed, i, *rest: begun.append(list(i)) or draw(seed, i, *rest)
+    )
+    pairs = streams.chain_noises(7, [range(0, 2), range(2, 4), range(4, 6)], (3,))
+    indices, noise = next(pairs)
+    noise.take()
+    noise.take()  # by then the only thread is past the start of the next batch
+    assert indices == range(0, 2) and begun == [[0, 1], [2, 3]]
+    pairs.close()
