@@ -21,14 +21,16 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
-from . import checkpoint_sets, checkpoints, dist_util, logger
+from . import checkpoint_sets, checkpoints, config, dist_util, logger
 from .npz_rows import open_rows
 from .pictures import save_film, save_grid
 
 FORMAT = 1  # of the manifest
 IN_GRID = 100  # images in the grid
 IN_FILM = 8  # images whose chains are shown
+PATIENCE = 2.0  # seconds before a progress bar appears
 BLOCK = 1024  # rows that are in memory at once when a whole set is read
 
 # Flags that do not change what image i is, up to rounding. Files count by their contents.
@@ -120,7 +122,8 @@ class SampleFiles:
         raise ValueError(f"{self.manifest} {problem}: remove it, or choose another --log_dir")
 
     def _refuse_a_mix(self, found: dict[str, Any], seed: int) -> None:
-        mine, theirs = dict(self.flags), dict(found["flags"])
+        defaults = {f.name: f.default for f in config.all_fields()}  # of what one side lacks
+        mine, theirs = defaults | self.flags, defaults | found["flags"]
         if seed != -1:
             mine["seed"], theirs["seed"] = seed, found["seed"]
         differing = [
@@ -231,9 +234,12 @@ class SampleFiles:
                 self._write_images(labels_of)
 
     def _write_npz(self, labels_of: Callable[[range], np.ndarray] | None) -> None:
-        arrays = [(self.shape, np.dtype(np.uint8), self._in_order())]
+        count = self.shape[0]
+        bar = tqdm(desc="writing", total=count, unit="img", delay=PATIENCE)
+        images = _counted(self._in_order(), bar)
+        arrays = [(self.shape, np.dtype(np.uint8), images)]
         if labels_of is not None:
-            blocks = (labels_of(indices) for indices in _blocks(self.shape[0]))
+            blocks = (labels_of(indices) for indices in _blocks(count))
             arrays.append((self.shape[:1], np.dtype(np.int64), blocks))
         checkpoints.write_file(self.npz, lambda file: stream_npz(file, *arrays))
         logger.log(f"saved {os.path.abspath(self.npz)}")
@@ -255,7 +261,12 @@ class SampleFiles:
         rank, world = dist_util.get_rank(), dist_util.get_world_size()
         os.makedirs(self.stem, exist_ok=True)
         digits = max(6, len(str(self.shape[0] - 1)))
-        for indices in _blocks(self.shape[0])[rank::world]:
+        mine = _blocks(self.shape[0])[rank::world]
+        bar = tqdm(
+            desc="writing PNG files", total=sum(map(len, mine)), unit="img", delay=PATIENCE,
+            disable=not dist_util.is_main(),
+        )  # fmt: skip
+        for indices in _counted(mine, bar):
             rows = open_rows(self.npz)  # mapped anew: what was read before leaves the memory
             for i in indices:
                 path = os.path.join(self.stem, f"{i:0{digits}d}.png")
@@ -277,6 +288,14 @@ def _shown(value: Any) -> str:
     """Return a value for a message; of a hash, the start."""
     text = "none" if value is None else str(value)
     return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text
+
+
+def _counted(parts: Iterable[Any], bar: tqdm) -> Iterator[Any]:
+    """Yield parts, and count the images in each once it is done with."""
+    with bar:
+        for part in parts:
+            yield part
+            bar.update(len(part))
 
 
 def _blocks(count: int) -> list[range]:

@@ -112,7 +112,7 @@ def test_a_set_that_another_disk_has_a_part_of_is_no_set(tmp_path):
 @pytest.mark.parametrize("change, seed, told", [
     ({"classes": "0,2"}, 5, "classes: 0,1 there, 0,2 here"),
     ({"model_path": "b" * 64}, 5, "model_path: aaaaaaaaaaaa... there, bbbbbbbbbbbb... here"),
-    ({"use_ddim": True}, -1, "use_ddim: none there, True here"),
+    ({"use_ddim": True}, -1, "use_ddim: False there, True here"),
     ({}, 6, "seed: 5 there, 6 here"),
     ({"classes": ""}, 6, "classes: 0,1 there,  here; seed: 5 there, 6 here"),
 ])  # fmt: skip
@@ -130,6 +130,13 @@ def test_other_samples_are_not_mixed_in(change, seed, told, complete, tmp_path):
         pass
     assert f"({told})" in str(error.value)
     assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+def test_a_flag_that_one_side_lacks_has_its_default(tmp_path):
+    """So that a set goes on with a later version, which has more flags."""
+    draw(tmp_path)
+    with SampleFiles(str(tmp_path), SHAPE, FLAGS | {"use_ddim": False}).claimed(-1, int) as files:
+        assert files.is_complete()
 
 
 def test_another_number_of_images_is_another_set(tmp_path):
