@@ -228,8 +228,8 @@ def _lock(folder: str) -> int | None:
         except (BlockingIOError, FileNotFoundError) as error:
             if time.monotonic() > deadline:
                 raise ValueError(
-                    f"--log_dir {folder} is in use by another run: wait for its end, or "
-                    "choose another folder"
+                    f"{folder} is in use by another run: wait for its end, or choose another "
+                    "--log_dir"
                 ) from error
             time.sleep(0.1)
 
