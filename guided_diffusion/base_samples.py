@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import checkpoints
-from .class_labels import label_entries
+from .class_labels import classes_in
 from .data_sources import Source, open_source
 from .image_decoding import guard
 from .npz_rows import open_rows
@@ -115,7 +115,8 @@ class _Files:
             if size != shape[:2]:
                 raise ValueError(
                     f"{FLAG}: {self.source.path(i)} is {size[0]} x {size[1]}; the upsampler takes "
-                    f"{shape[0]} x {shape[1]}: resize the images"
+                    f"{shape[0]} x {shape[1]}: resize the images, or give the --small_size that it "
+                    "was trained with"
                 )
 
     def __len__(self) -> int:
@@ -127,12 +128,13 @@ class _Files:
     def labels(self, args: argparse.Namespace) -> np.ndarray | None:
         """Return the class of each image, from a table beside them or their names, or None."""
         table = os.path.join(args.base_samples, LABELS_TABLE)
-        if os.path.isfile(table):
-            return label_entries(self.source, table)[0]
         files = [name.rsplit("/", 1)[-1] for name in self.source.names]
-        if not args.class_cond or not all("_" in name for name in files):
+        if os.path.isfile(table):
+            found = classes_in(self.source, table)
+        elif args.class_cond and all("_" in name for name in files):
+            found = classes_in(self.source, "filename")
+        else:
             return None
-        found = [name.split("_")[0] for name in files]
         return numbers_of(found, known_names(args), args.num_classes, f"{FLAG} {args.base_samples}")
 
     def digest(self) -> str:

@@ -286,7 +286,8 @@ def read_tensors(path: str, mmap: bool = False) -> dict[str, Tensor]:
     import torch
 
     weights = dist_util.load_state_dict(path, map_location="cpu", mmap=mmap)
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+    good = isinstance(weights, dict) and weights and all(map(torch.is_tensor, weights.values()))
+    if not good or not all(isinstance(name, str) for name in weights):
         raise ValueError(
             f"{path} holds no weights: give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt, not the "
             "optimizer's or another file"

@@ -180,6 +180,13 @@ def _by_file(source: Source, path: str) -> Labelling:
     return found, sorted(set(map(str, table.values()))), f"in {where}"
 
 
+def classes_in(source: Source, labels: str) -> list[str]:
+    """Return the class of every entry as it is spelled; arguments are those of `label_entries`."""
+    if labels in READERS:
+        return list(READERS[labels](source)[0])
+    return list(map(str, _look_up(_read_table(labels, source), source, labels)))
+
+
 def _read_table(path: str, source: Source) -> dict[str, int | str]:
     """Return the class of each name in a file of labels.
 

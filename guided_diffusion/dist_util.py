@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -274,6 +275,27 @@ def barrier() -> None:
     if not _is_alone():
         with waiting("a barrier"):
             dist.barrier(device_ids=[dev().index] if dist.get_backend() == "nccl" else None)
+
+
+def wait_patiently(name: str) -> None:
+    """Wait until every rank is here, as long as the others work: only a silent one ends it.
+
+    A barrier gives up when the timeout of the job is over, whatever the others are at. All ranks
+    call this.
+
+    Args:
+        name: what for, as in `stage`.
+    """
+    if _is_alone() or _state.store is None:
+        barrier()
+        return
+    _state.num_shared[name] += 1
+    key = f"{name}/{_state.num_shared[name]}"
+    _state.store.add(key, 1)
+    with stage(name):
+        while _state.store.add(key, 0) < get_world_size():
+            heartbeat.end_if_silent()
+            time.sleep(0.1)
 
 
 def broadcast_object(value: Any) -> Any:

@@ -73,6 +73,7 @@ def dry_run(args: argparse.Namespace, kind: str = "diffusion model", chains: int
         ValueError: if flags do not go together.
     """
     if dist_util.is_main():
+        trained_flags.settle_precision(args, _device(args))
         needs = estimate(args, kind, chains)
         print("\n".join([*_tell_flags(args), *_tell_needs(args, needs)]), flush=True)
 

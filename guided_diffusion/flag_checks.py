@@ -68,7 +68,7 @@ def fraction(value: float) -> str | None:
 
 def one_of(*choices: Any) -> Check:
     """Accept the given values."""
-    names = ", ".join(map(str, choices))
+    names = ", ".join(str(choice) for choice in choices if choice != "")
     return lambda value: None if value in choices else f"must be one of {names}"
 
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoints, dist_util, logger
+from .class_labels import classes_in
+from .data_sources import open_source
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import ImageStream
-from .pictures import save_film, to_uint8
+from .pictures import class_names, save_film, to_uint8
 from .sample_util import Progress, take
 from .sampling import Step
 from .streams import ChainNoise
@@ -25,9 +27,24 @@ IN_PICTURE = 20  # images whose way there and back is shown
 
 
 def load_images(args: argparse.Namespace) -> ImageStream:
-    """Return each image of --data_dir once, cropped at the centre, in the order of the folder."""
+    """Return each image of --data_dir once, cropped at the centre, in the order of the folder.
+
+    Classes have the numbers that the model knows them by, if a classes.txt beside it tells.
+    """
     plain = argparse.Namespace(**vars(args), random_flip=False, random_crop=False)
-    return training_data(plain, args.image_size, once=True, label_dropout=0.0, seed=0)
+    names = class_names(args.model_path) if args.class_cond else None
+    classes = names and _spelled(args, names)
+    options = dict(once=True, label_dropout=0.0, seed=0, classes=classes)
+    return training_data(plain, args.image_size, **options)
+
+
+def _spelled(args: argparse.Namespace, names: list[str]) -> list[str]:
+    """Return the model's classes by number, spelled as the images have them: names, or numbers."""
+    found = set(classes_in(open_source(args.data_dir), args.labels))
+    if found <= set(names) or not all(item.isascii() and item.isdecimal() for item in found):
+        return names
+    spelled = {int(item): item for item in found}
+    return [spelled.get(number, str(number)) for number in range(len(names))]
 
 
 def over_images(
@@ -50,7 +67,11 @@ def over_images(
     world, device = dist_util.get_world_size(), dist_util.dev()
     index, mine = dist_util.get_rank(), []
     total = min(args.num_samples, getattr(data, "num_entries", args.num_samples))
-    with Progress(total, what) as bar, dist_util.precision(args.use_bf16):
+    with (
+        dist_util.stage(what),
+        dist_util.precision(args.use_bf16),
+        Progress(total, what) as bar,
+    ):
         for batch, cond in data:
             wanted = len(range(index, args.num_samples, world)[: len(batch)])
             if wanted == 0:
@@ -64,6 +85,7 @@ def over_images(
 
 def _in_order(mine: list[tuple[range, Arrays]]) -> Arrays | None:
     """Gather (indices, arrays) of all ranks on rank 0 and sort the rows by index."""
+    dist_util.wait_patiently("waiting for the images of all ranks")
     parts = [part for of_rank in dist_util.gather_objects(mine) for part in of_rank]
     if not dist_util.is_main():
         return None

@@ -272,6 +272,11 @@ class Heartbeat:
 
     # What is known
 
+    def longest_silence(self) -> float:
+        """Return for how many seconds the most silent of the other ranks has given no sign."""
+        self.asked = True
+        return max([sign.silence() for sign in list(self.signs.values())], default=0.0)
+
     def name_cause(self, symptom: str) -> str:
         """Say in one line who let this rank wait, and in which stage it did."""
         self.asked = True
@@ -355,6 +360,12 @@ def start(launch: Launch, timeout: float) -> Heartbeat:
     _pulse[:] = [Heartbeat(launch, timeout)]
     atexit.register(stop)
     return _pulse[0]
+
+
+def end_if_silent() -> None:
+    """Raise an error between ranks if another one was silent for longer than the timeout."""
+    if _pulse and _pulse[0].longest_silence() > _pulse[0].timeout:
+        raise RuntimeError("timed out waiting for a silent rank")
 
 
 def stop() -> None:

@@ -142,12 +142,18 @@ def expand(given: Flags, names: Collection[str]) -> Flags:
     if kind not in preset.files:
         (other,) = preset.files.keys() & SCRIPTS.keys()
         raise ValueError(f"--preset {name} is {article(other)} {other}: use {SCRIPTS[other]}")
-    flags = {flag: value for flag, value in preset.sampling.items() if flag in names}
+    is_guided = "classifier_scale" in names and given.get("classifier_scale") != 0
+    if is_guided and "classifier_path" not in given and "classifier" not in preset.files:
+        raise ValueError(
+            f"--preset {name} has no classifier: use image_sample.py, or give --classifier_scale 0"
+        )
+    draws = "use_ddim" in names  # else it scores or encodes, by the whole chain unless told
+    wanted = set(preset.sampling) & set(names) if draws else {"use_fp16"}
+    flags = {flag: value for flag, value in preset.sampling.items() if flag in wanted}
     if given.get("use_bf16"):  # which excludes the published float16
         flags.pop("use_fp16", None)
     if "model_path" not in given:
         flags["model_path"] = _find_file(name, kind)
-    is_guided = "classifier_scale" in names and given.get("classifier_scale") != 0
     if is_guided and "classifier_path" not in given:
         flags["classifier_path"] = _find_file(name, "classifier")
     return flags
@@ -161,10 +167,6 @@ def article(kind: str) -> str:
 def _find_file(name: str, kind: str) -> str:
     """Return the path of a preset's file."""
     preset = PRESETS[name]
-    if kind not in preset.files:
-        raise ValueError(
-            f"--preset {name} has no {kind}: use image_sample.py, or give --classifier_scale 0"
-        )
     path = os.path.join(MODELS, preset.files[kind])
     if not os.path.isfile(path):
         remedy = "restore it" if preset.bundled else f"fetch it by python models/download.py {name}"
@@ -172,9 +174,7 @@ def _find_file(name: str, kind: str) -> str:
     return path
 
 
-def network_by_name(path: str, kind: str) -> Flags | None:
-    """Return what fixes the network of a released file, known by its name alone; else None."""
-    for preset in PRESETS.values():
-        if kind in preset.network and preset.files[kind] == os.path.basename(path):
-            return preset.network[kind]
-    return None
+def by_file(path: str) -> Preset | None:
+    """Return the preset of a released file, known by its name alone; else None."""
+    name = os.path.basename(path)
+    return next((p for p in PRESETS.values() if name in p.files.values()), None)

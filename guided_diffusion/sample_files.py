@@ -33,11 +33,13 @@ IN_FILM = 8  # images whose chains are shown
 PATIENCE = 2.0  # seconds before a progress bar appears
 BLOCK = 1024  # rows that are in memory at once when a whole set is read
 
-# Flags that do not change what image i is, up to rounding. Files count by their contents.
+# Flags that do not change what image i is, up to rounding, or do so through what else the manifest
+# lists: hashes of files, and the list of labels.
 INDIFFERENT = {
     "log_dir", "device", "seed", "dist_timeout", "dry_run", "preset", "num_samples", "batch_size",
     "save_images", "model_path", "classifier_path", "base_samples", "labels_file", "dropout",
-    "label_dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas",
+    "label_dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "save_every_t",
+    "classes", "class_balanced",
 }  # fmt: skip
 
 
@@ -111,30 +113,35 @@ class SampleFiles:
     def _read(self) -> dict[str, Any] | None:
         """Return the manifest, None if there is none."""
         if not os.path.exists(self.manifest):
+            if os.path.exists(self.npz):
+                raise ValueError(
+                    f"{self.npz} is there, and no manifest tells how it was drawn: move it away, "
+                    "or choose another --log_dir"
+                )
             return None
-        try:
+        problem = "is no manifest of samples"
+        with suppress(ValueError, KeyError, TypeError, RecursionError):
             found = json.loads(checkpoints.read_file(self.manifest))
-            if found["format"] == FORMAT:
+            if found["format"] != FORMAT:
+                problem = f"has format {found['format']!r}, this version reads {FORMAT}"
+            elif isinstance(found["flags"], dict) and isinstance(found["seed"], int):
                 return {key: found[key] for key in ("seed", "flags", "complete")}
-            problem = f"has format {found['format']!r}, this version reads {FORMAT}"
-        except (ValueError, KeyError, TypeError, RecursionError):
-            problem = "is no manifest of samples"
         raise ValueError(f"{self.manifest} {problem}: remove it, or choose another --log_dir")
 
     def _refuse_a_mix(self, found: dict[str, Any], seed: int) -> None:
-        defaults = {f.name: f.default for f in config.all_fields()}  # of what one side lacks
-        mine, theirs = defaults | self.flags, defaults | found["flags"]
+        mine, theirs = dict(self.flags), dict(found["flags"])
         if seed != -1:
             mine["seed"], theirs["seed"] = seed, found["seed"]
+        defaults = {f.name: f.default for f in config.all_fields()}  # of what one side lacks
         differing = [
             f"{name}: {_shown(theirs.get(name))} there, {_shown(mine.get(name))} here"
             for name in sorted(mine.keys() | theirs.keys())
-            if mine.get(name) != theirs.get(name)
+            if (defaults | mine).get(name) != (defaults | theirs).get(name)
         ]
         if differing:
             raise ValueError(
                 f"--log_dir {os.path.dirname(self.stem)} holds other samples of this shape "
-                f"({'; '.join(differing)}): choose another --log_dir, or remove {self.manifest}"
+                f"({'; '.join(differing)}): choose another --log_dir, or remove {self.stem}.*"
             )
 
     def _write_manifest(self, complete: bool) -> None:
@@ -192,7 +199,8 @@ class SampleFiles:
         """Keep a batch: uint8 [n, H, W, C]; and before it the film of its first images, if any."""
         if film is not None:
             first = range(indices.start, indices.start + len(film))
-            checkpoints.write_file(self._shard("film", first), lambda file: np.save(file, film))
+            path = self._shard(f"film{film.shape[2]}", first)
+            checkpoints.write_file(path, lambda file: np.save(file, film))
         checkpoints.write_file(self._shard("images", indices), lambda file: np.save(file, images))
 
     def _in_order(self, kind: str = "images") -> Iterator[np.ndarray]:
@@ -211,26 +219,37 @@ class SampleFiles:
 
     # -- ending ----------------------------------------------------------------------------------
 
-    def finish(self, labels_of: Callable[[range], np.ndarray] | None, **show: Any) -> None:
+    def finish(
+        self,
+        labels_of: Callable[[range], np.ndarray] | None,
+        *,
+        names: list[str] | None = None,
+        save_images: bool = False,
+        frames: int = 0,
+    ) -> None:
         """Put the shards together, delete them, and draw the pictures. All ranks call this.
 
         Args:
             labels_of: gives the labels of some samples, for arr_1; None for no such array.
-            show: `names` of the classes, or None; `save_images`, whether to write every image.
+            names: of the classes, by number.
+            save_images: write every image, too.
+            frames: how many pictures a film has; 0 for no film.
         """
         with dist_util.stage("putting the samples together"):
             if not self.is_complete():
                 if dist_util.is_main():
                     self._remove_pictures()
-                    self._write_film(labels_of, show["names"])
+                    self._write_film(labels_of, names, frames)
                     self._write_npz(labels_of)
                 self._write_manifest(complete=True)
             if dist_util.is_main():
                 shutil.rmtree(self.shards, ignore_errors=True)
                 if not os.path.exists(f"{self.stem}.png"):
-                    self._write_grid(labels_of, show["names"])
-            dist_util.barrier()
-            if show["save_images"]:
+                    self._write_grid(labels_of, names)
+                if frames and not os.path.exists(f"{self.stem}_film.png"):
+                    logger.log("no film: the first images were drawn without --save_every_t")
+            dist_util.wait_patiently("putting the samples together")
+            if save_images:
                 self._write_images(labels_of)
 
     def _write_npz(self, labels_of: Callable[[range], np.ndarray] | None) -> None:
@@ -249,8 +268,8 @@ class SampleFiles:
         labels = None if labels_of is None else labels_of(range(len(images)))
         save_grid(images, labels, f"{self.stem}.png", names)
 
-    def _write_film(self, labels_of: Any, names: list[str] | None) -> None:
-        films = list(self._in_order("film"))
+    def _write_film(self, labels_of: Any, names: list[str] | None, frames: int) -> None:
+        films = list(self._in_order(f"film{frames}"))
         if films:
             film = np.concatenate(films)[:IN_FILM]
             labels = None if labels_of is None else labels_of(range(len(film)))
@@ -275,7 +294,7 @@ class SampleFiles:
                     checkpoints.write_file(
                         path, lambda file, image=image: image.save(file, "PNG"), durable=False
                     )
-        dist_util.barrier()
+        dist_util.wait_patiently("writing PNG files")
         if labels_of is not None and dist_util.is_main():
             labels = labels_of(range(self.shape[0]))
             lines = [f"{i:0{digits}d}.png,{label}\n" for i, label in enumerate(labels.tolist())]
@@ -286,7 +305,7 @@ class SampleFiles:
 
 def _shown(value: Any) -> str:
     """Return a value for a message; of a hash, the start."""
-    text = "none" if value is None else str(value)
+    text = {None: "none", "": '""'}.get(value, str(value))
     return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 

@@ -9,8 +9,10 @@ import numpy as np
 
 from . import checkpoints
 from .pictures import class_names
-from .presets import MODELS, PRESETS
+from .presets import MODELS, PRESETS, by_file
 from .streams import LABEL, stream
+
+HEADERS = ("class", "classes", "label", "labels")  # of the column of classes in a table
 
 
 class Labels:
@@ -49,7 +51,8 @@ def choose_classes(args: argparse.Namespace) -> np.ndarray | None:
     if args.class_balanced:
         return np.arange(args.num_classes)
     if args.classes:
-        return numbers_of(args.classes.split(","), names, args.num_classes, "--classes")
+        items = next(csv.reader([args.classes], skipinitialspace=True))  # names may be quoted
+        return numbers_of(items, names, args.num_classes, "--classes")
     if args.labels_file:
         where = f"--labels_file {args.labels_file}"
         return numbers_of(_read_list(args.labels_file, where), names, args.num_classes, where)
@@ -57,12 +60,12 @@ def choose_classes(args: argparse.Namespace) -> np.ndarray | None:
 
 
 def known_names(args: argparse.Namespace) -> list[str] | None:
-    """Return the class names beside the model or its classifier, or of its preset, or None."""
+    """Return the class names beside the model or its classifier, or those of its release."""
     for path in filter(None, (args.model_path, getattr(args, "classifier_path", ""))):
         names = class_names(path)
         if names is not None:
             return names
-    preset = PRESETS.get(getattr(args, "preset", ""))
+    preset = PRESETS.get(getattr(args, "preset", "")) or by_file(args.model_path)
     if preset is None or not preset.classes:
         return None
     return checkpoints.read_class_names(os.path.join(MODELS, preset.classes))
@@ -123,7 +126,8 @@ def _read_list(path: str, where: str) -> list[str]:
             return list(map(str, _read_array(content).tolist()))
         text = content.decode("utf-8-sig")
         if path.lower().endswith(".csv"):
-            return [row[-1] for row in csv.reader(io.StringIO(text)) if any(row)]
+            rows = [row for row in csv.reader(io.StringIO(text)) if any(row)]
+            return [row[-1] for row in rows if row[-1].strip().casefold() not in HEADERS]
         return [line for line in text.splitlines() if line.strip()]
     except Exception as error:  # of the disk, the encoding, numpy or zipfile
         reason = " ".join(str(error).split())

@@ -27,7 +27,7 @@ from .sample_files import IN_FILM, INDIFFERENT, SampleFiles
 from .sample_labels import Labels, choose_classes, known_names
 from .sampling import Step
 from .script_util import CREATE, choose_seed
-from .streams import ChainNoise, chain_noises
+from .streams import CHAIN, NOISE, UP_CHAIN, UP_NOISE, ChainNoise, chain_noises
 
 # --------------------------------------------------------------------------------------------
 # Loading
@@ -48,9 +48,8 @@ def load_model_and_diffusion(
     Raises:
         ValueError: if flags do not go together, or the file does not fit them.
     """
-    for note in getattr(args, "notes", []):
+    for note in [*getattr(args, "notes", []), *_settle_precision(args)]:
         logger.log(note)
-    settle_precision(args)
     flags = script_util.args_to_dict(args, config.defaults(*trained_flags.KINDS[kind]))
     model, diffusion = CREATE[kind](**flags)
     return _ready(model, args.model_path, args.use_fp16), diffusion
@@ -73,13 +72,8 @@ def load_guidance(args: argparse.Namespace) -> CondFn | None:
     return classifier_guidance(classifier, args.classifier_scale)
 
 
-def settle_precision(args: argparse.Namespace) -> None:
-    """Leave a preset's float16 on a CPU, which is slow at it, unless the user asked for it."""
-    wished = ("use_fp16", "classifier_use_fp16") if getattr(args, "preset", "") else ()
-    for name in wished:
-        if getattr(args, name, False) and name not in args.given and dist_util.dev().type == "cpu":
-            setattr(args, name, False)
-            logger.log(f"--{name} of the preset is for GPUs: computing in float32")
+def _settle_precision(args: argparse.Namespace) -> list[str]:
+    return trained_flags.settle_precision(args, dist_util.dev().type)
 
 
 def _ready(model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
@@ -124,7 +118,8 @@ def sampling(
             args.log_dir, greeting=None if args.log_dir else partial(_how_to_go_on, args)
         ),
     ):
-        settle_precision(args)
+        for note in _settle_precision(args):
+            logger.log(note)
         with dist_util.stage("reading the checkpoints"):
             flags = _flags_that_count(args, chosen, base) if dist_util.is_main() else None
             flags = dist_util.broadcast_object(flags)
@@ -138,7 +133,8 @@ def _how_to_go_on(args: argparse.Namespace, log_dir: str) -> str:
     """Return the line that tells how to continue a run whose folder nobody has named."""
     given = [(f"--{name}", str(getattr(args, name))) for name in sorted(args.given)]
     words = ["python", sys.argv[0], *(word for pair in given for word in pair)]
-    return f"to go on after an interruption: {shlex.join([*words, '--log_dir', log_dir])}"
+    under = " under the same launcher" if dist_util.get_world_size() > 1 else ""
+    return f"to go on after an interruption{under}: {shlex.join([*words, '--log_dir', log_dir])}"
 
 
 def _flags_that_count(
@@ -147,16 +143,23 @@ def _flags_that_count(
     """Return what the images depend on: flags, and hashes of the files that are read."""
     names = {f.name for f in config.all_fields()} - INDIFFERENT
     flags = {name: value for name, value in vars(args).items() if name in names}
-    if flags.get("classes"):
-        flags["classes"] = ",".join(map(str, chosen))  # names are numbers, too
     if chosen is not None:
-        flags["labels"] = hashlib.sha256(chosen.tobytes()).hexdigest()
+        flags["labels_in_turn"] = _summary(chosen)
     if base is not None:
         flags["base_samples"] = base.digest()
     flags["model_path"] = checkpoints.digest(args.model_path)
     if getattr(args, "classifier_scale", 0):
         flags["classifier_path"] = checkpoints.digest(args.classifier_path)
     return flags
+
+
+def _summary(labels: np.ndarray) -> str:
+    """Return a list of labels as text; of a long one the beginning, and a hash."""
+    shown = ",".join(map(str, labels[:20].tolist()))
+    if len(labels) <= 20:
+        return shown
+    digest = hashlib.sha256(labels.tobytes()).hexdigest()[:16]
+    return f"{shown},... ({len(labels)}, {digest})"
 
 
 def draw_samples(
@@ -196,22 +199,41 @@ def draw_samples(
         cond_fn=cond_fn,
         device=dist_util.dev(),
     )
-    with Progress(count, "sampling", count - left) as bar, dist_util.precision(args.use_bf16):
-        for indices, noise in chain_noises(files.seed, mine, image_shape):
+    prepare = partial(_condition, seed=files.seed, labels=labels, base=base)
+    purposes = (UP_NOISE, UP_CHAIN) if base else (NOISE, CHAIN)
+    work = chain_noises(files.seed, mine, image_shape, purposes, prepare)
+    frames, not_finite = Film.length(args.save_every_t, diffusion.num_timesteps), 0
+    with (
+        dist_util.stage("drawing samples"),
+        dist_util.precision(args.use_bf16),
+        Progress(count, "sampling", count - left) as bar,
+    ):
+        for indices, noise, cond in work:
             chain = chain_of(
                 (len(indices), *image_shape),
                 noise_fn=partial(take, noise),
-                model_kwargs=_condition(indices, files.seed, labels, base),
+                model_kwargs={name: value.to(dist_util.dev()) for name, value in cond.items()},
             )
             film = Film(indices, args.save_every_t, diffusion.num_timesteps)
             for step, out in enumerate(chain, 1):
                 film.see(step, out)
                 bar.move(len(indices) / diffusion.num_timesteps)
+            not_finite += int((~out["sample"].isfinite()).flatten(1).any(dim=1).sum())
             files.write(indices, to_uint8(out["sample"]), film.frames())
-    with dist_util.stage("waiting for the samples of all ranks"):
-        dist_util.barrier()
+    dist_util.wait_patiently("waiting for the samples of all ranks")
+    _warn_of_broken_images(not_finite)
     names = known_names(args)
-    files.finish(labels and labels.of, names=names, save_images=args.save_images)
+    files.finish(labels and labels.of, names=names, save_images=args.save_images, frames=frames)
+
+
+def _warn_of_broken_images(count: int) -> None:
+    """Warn if images of any rank have pixels that are no numbers."""
+    total = sum(dist_util.gather_objects(count))
+    if total:
+        logger.warn(
+            f"{total:,} of the images drawn now have pixels that are not finite: look at them, and "
+            "at the weights; --use_fp16 False or --use_bf16 True may help"
+        )
 
 
 def _condition(
@@ -221,7 +243,7 @@ def _condition(
     cond = base.low_res(indices, seed) if base else {}
     if labels is not None:
         cond["y"] = torch.from_numpy(labels.of(indices))
-    return {name: value.to(dist_util.dev()) for name, value in cond.items()}
+    return cond
 
 
 def take(noise: ChainNoise, x: Tensor) -> Tensor:
@@ -247,6 +269,11 @@ class Film:
         self.count = min(len(indices), IN_FILM - indices.start) if every else 0
         self.wanted = {num_steps - step for step in range(0, num_steps, every)} if every else set()
         self._frames: list[np.ndarray] = []
+
+    @staticmethod
+    def length(every: int, num_steps: int) -> int:
+        """Return how many pictures a film has, 0 if none is wanted."""
+        return len(range(0, num_steps, every)) if every else 0
 
     def see(self, step: int, out: Step) -> None:
         """Look at a step, counted from 1; the last one is always kept."""

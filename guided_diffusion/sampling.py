@@ -195,6 +195,14 @@ def model_device(model: Denoiser, noise: Tensor | None = None) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def _given(noise_fn: NoiseFn | None) -> dict[str, NoiseFn]:
+    """Return the source as a keyword argument, if there is one.
+
+    Subclasses that override a method with its published signature know of none.
+    """
+    return {} if noise_fn is None else {"noise_fn": noise_fn}
+
+
 class SamplingMethods:
     """The samplers as methods of a process, for `GaussianDiffusion` to inherit.
 
@@ -253,8 +261,9 @@ class SamplingMethods:
         noise_fn: NoiseFn | None = None,
     ) -> Tensor:
         """Sample a batch by ancestral sampling."""
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, noise_fn)
-        return last_sample(self.p_sample_loop_progressive(model, shape, noise, *options))
+        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress)
+        chain = self.p_sample_loop_progressive(model, shape, noise, *options, **_given(noise_fn))
+        return last_sample(chain)
 
     def p_sample_loop_progressive(
         self,
@@ -277,7 +286,7 @@ class SamplingMethods:
             denoised_fn=denoised_fn,
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
-            noise_fn=noise_fn,
+            **_given(noise_fn),
         )
         downwards = range(self.num_timesteps - 1, -1, -1)
         return run_chain(step, model, shape, downwards, noise, device, progress, noise_fn)
@@ -346,7 +355,7 @@ class SamplingMethods:
     ) -> Tensor:
         """Sample a batch by DDIM."""
         options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta)
-        chain = self.ddim_sample_loop_progressive(model, shape, noise, *options, noise_fn=noise_fn)
+        chain = self.ddim_sample_loop_progressive(model, shape, noise, *options, **_given(noise_fn))
         return last_sample(chain)
 
     def ddim_sample_loop_progressive(
@@ -372,7 +381,7 @@ class SamplingMethods:
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
             eta=eta,
-            noise_fn=noise_fn,
+            **_given(noise_fn),
         )
         downwards = range(self.num_timesteps - 1, -1, -1)
         return run_chain(step, model, shape, downwards, noise, device, progress, noise_fn)

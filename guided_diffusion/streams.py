@@ -5,7 +5,7 @@ rank that holds it, or what was drawn before. So a run that is stopped and goes 
 with other ranks, draws the same numbers. The generator is NumPy's Philox, which is counter-based.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ TIMESTEP, TRAIN_NOISE = 6, 7  # of a training image: t, and the noise in x_t
 VAL_TIMESTEP, VAL_NOISE = 8, 9  # of a validation image: the same
 START = 10  # of a rank at a place in the run: dropout; see train_state.seed_rank
 SAMPLE = 11  # of an image drawn while training
+UP_NOISE, UP_CHAIN = 13, 14  # of an upsampled image, as NOISE and CHAIN: its input has those
 LOW_RES = 12  # of a sample: the noise added to the small image that is upsampled
 
 
@@ -86,19 +87,27 @@ class ChainNoise:
         seed: of the run.
         indices: of the images.
         shape: of an image.
+        purposes: of the stream of the start, and of that of the steps.
     """
 
     def __init__(
-        self, thread: ThreadPoolExecutor, seed: int, indices: Iterable[int], shape: tuple[int, ...]
+        self,
+        thread: ThreadPoolExecutor,
+        seed: int,
+        indices: Iterable[int],
+        shape: tuple[int, ...],
+        purposes: tuple[int, int] = (NOISE, CHAIN),
     ):
         self._thread = thread
-        self._blocks = self._draw(seed, list(indices), shape)
+        self._blocks = self._draw(seed, list(indices), shape, *purposes)
         self._awaited = thread.submit(next, self._blocks)
 
     @staticmethod
-    def _draw(seed: int, indices: list[int], shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-        yield normal(seed, indices, NOISE, shape)
-        chains = [stream(seed, index, CHAIN) for index in indices]
+    def _draw(
+        seed: int, indices: list[int], shape: tuple[int, ...], start: int, steps: int
+    ) -> Iterator[np.ndarray]:
+        yield normal(seed, indices, start, shape)
+        chains = [stream(seed, index, steps) for index in indices]
         while True:
             block = np.empty((len(indices), *shape), np.float32)
             for row, chain in zip(block, chains, strict=True):
@@ -113,13 +122,33 @@ class ChainNoise:
 
 
 def chain_noises(
-    seed: int, batches: Iterable[range], shape: tuple[int, ...]
-) -> Iterator[tuple[range, ChainNoise]]:
-    """Yield each batch of images with its noise; that of the next batch is begun before."""
+    seed: int,
+    batches: Iterable[range],
+    shape: tuple[int, ...],
+    purposes: tuple[int, int],
+    prepare: Callable[[range], Any],
+) -> Iterator[tuple[range, ChainNoise, Any]]:
+    """Yield each batch of images with its noise and its inputs; those of the next are begun before.
+
+    Args:
+        seed: of the run.
+        batches: the indices of each.
+        shape: of an image.
+        purposes: as for `ChainNoise`.
+        prepare: makes the other inputs of a batch, in the thread that draws.
+    """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="noise") as thread:
-        made = ((indices, ChainNoise(thread, seed, indices, shape)) for indices in batches)
+        made = (
+            (
+                indices,
+                ChainNoise(thread, seed, indices, shape, purposes),
+                thread.submit(prepare, indices),
+            )
+            for indices in batches
+        )
         present = next(made, None)
         while present is not None:
             following = next(made, None)
-            yield present
+            indices, noise, prepared = present
+            yield indices, noise, prepared.result()
             present = following

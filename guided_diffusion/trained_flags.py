@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
-from . import checkpoint_sets, checkpoints, config, dist_util, infer_flags, presets
+from . import checkpoint_sets, checkpoints, config, infer_flags, presets
 from .infer_flags import KINDS
 
 # What a classifier and the model that it guides must have in common.
@@ -119,6 +119,7 @@ def _adopt_classifier(args: argparse.Namespace) -> argparse.Namespace:
                 f"--classifier_path {path} was trained with --{name} {saved[name]}, but the model "
                 f"of --model_path {args.model_path} has --{name} {mine}: use a classifier that "
                 "was trained for this model"
+                + (_null_class_hint(mine, saved[name]) if name == "num_classes" else "")
             )
     args = adopt_flags(args, trained, "classifier_path", config.ClassifierConfig)
     args.notes = args.notes + ([trained.note] if trained.note else [])
@@ -158,8 +159,16 @@ def adopt_flags(
             for name in wrong
         ]
         remedy = f"leave {', '.join(f'--{name}' for name in wrong)} out"
+        remedy += _null_class_hint(network["num_classes"], args.num_classes)
         raise ValueError(f"--{flag} {getattr(args, flag)}: {'; '.join(told)}: {remedy}")
     return merged
+
+
+def _null_class_hint(theirs: int, mine: int) -> str:
+    """Return a further remedy where a network may have a null class that nobody spoke of."""
+    if theirs != mine + 1:
+        return ""
+    return ", or give --label_dropout 0.1 if its last class is the null class of such a training"
 
 
 def _shown(value: Any) -> str:
@@ -194,6 +203,8 @@ def find_trained(
         return Trained(saved, config.fixed_names(*KINDS[kind]))
     if preset and kind in preset.network:
         network = whole_network(preset.network[kind], kind)
+        if flag in args.given:  # another file than the preset's, maybe of another network
+            _require_network(network, args.preset, flag, path)
         return Trained(network, network.keys())
     return _infer(args, flag, kind, likely or {})
 
@@ -207,6 +218,19 @@ def _require_kind(found: str, kind: str, flag: str, path: str) -> None:
     if found != kind:
         holds, wanted = f"{presets.article(found)} {found}", f"{presets.article(kind)} {kind}"
         raise ValueError(f"--{flag} {path} holds {holds}: give a file with {wanted}")
+
+
+def _require_network(network: dict[str, Any], preset: str, flag: str, path: str) -> None:
+    """Raise a ValueError if the tensors of a checkpoint contradict the network of a preset."""
+    shown = infer_flags.infer(read_shapes(path), {}, network).shown
+    wrong = infer_flags.departures(network, shown)
+    if wrong:
+        told = [
+            f"{n}: the file has {_shown(shown[n])}, the preset {_shown(network[n])}" for n in wrong
+        ]
+        raise ValueError(
+            f"--{flag} {path} is not of --preset {preset} ({'; '.join(told)}): leave --preset out"
+        )
 
 
 def _check_values(saved: dict[str, Any], kind: str, file: str) -> None:
@@ -251,9 +275,9 @@ def _infer(args: argparse.Namespace, flag: str, kind: str, likely: dict[str, Any
         raise ValueError(f"--{flag} {path} holds weights, but {error}: {remedy}") from error
     _require_kind(found.kind, kind, flag, path)
     why = "since weights do not show it"
-    network = presets.network_by_name(path, kind)
-    if network:
-        whole = whole_network(network, kind)
+    release = presets.by_file(path)
+    if release and kind in release.network:
+        whole = whole_network(release.network[kind], kind)
         if not infer_flags.departures(whole, infer_flags.infer(shapes, {}, whole).shown):
             likely, why = likely | whole, "from its name"
     given = {name: getattr(args, name) for name in args.given}
@@ -280,12 +304,26 @@ def read_shapes(path: str) -> dict[str, tuple[int, ...]]:
     Raises:
         ValueError: if the file cannot be read or holds anything but tensors.
     """
-    weights = dist_util.load_state_dict(path, mmap=True)
-    tensors = weights if isinstance(weights, dict) else {}
-    good = (isinstance(name, str) and hasattr(t, "shape") for name, t in tensors.items())
-    if not tensors or not all(good):
-        raise ValueError(
-            f"{path} holds no weights: give a modelNNNNNN.pt or ema_RATE_NNNNNN.pt, not the "
-            "optimizer's or another file"
-        )
+    tensors = checkpoints.read_tensors(path, mmap=True)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def settle_precision(args: argparse.Namespace, device: str) -> list[str]:
+    """Leave a preset's float16 on a CPU, which is slow at it, unless the user asked for it.
+
+    Args:
+        args: the completed command line, which is changed.
+        device: "cpu", "cuda:0" and so on.
+
+    Returns:
+        a line for the log for each flag that is changed.
+    """
+    preset = _preset(args)
+    if preset is None or device != "cpu":
+        return []
+    told = []
+    for name in ("use_fp16", "classifier_use_fp16"):
+        if getattr(args, name, False) and name not in args.given:
+            setattr(args, name, False)
+            told.append(f"--{name} of the preset is for GPUs: computing in float32")
+    return told

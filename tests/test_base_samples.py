@@ -66,9 +66,15 @@ def test_labels_of_a_folder_are_in_its_table_or_its_names(tmp_path):
     for folder in (table, named):
         assert BaseSamples(flags(folder, class_cond=True)).labels.tolist() == [7, 8, 9]
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    words = folder_of(tmp_path / "words")
+    rows = ["name,class", "000000.png,dog", "000001.png,cat", "000002.png,dog"]
+    (words / "labels.csv").write_text("\n".join(rows))
     animals = folder_of(tmp_path / "animals", ("cat_1.png", "dog_1.png", "dog_2.png"))
     model = {"model_path": str(tmp_path / "model.pt"), "class_cond": True, "num_classes": 2}
     assert BaseSamples(flags(animals, **model)).labels.tolist() == [0, 1, 1]
+    assert BaseSamples(flags(words, **model)).labels.tolist() == [1, 0, 1]
+    (words / "labels.csv").write_text("\n".join(rows[:1] + [row[:11] + "dog" for row in rows[1:]]))
+    assert BaseSamples(flags(words, **model)).labels.tolist() == [1, 1, 1]  # not numbered anew
 
 
 def test_noise_is_that_of_each_image(npz):

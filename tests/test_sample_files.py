@@ -24,7 +24,7 @@ def write(files, *ranges):
 
 
 def finish(files, **show):
-    files.finish(labels_of, **{"names": None, "save_images": False} | show)
+    files.finish(labels_of, **show)
 
 
 def draw(folder, flags=FLAGS, seed=5, **show):
@@ -112,9 +112,9 @@ def test_a_set_that_another_disk_has_a_part_of_is_no_set(tmp_path):
 @pytest.mark.parametrize("change, seed, told", [
     ({"classes": "0,2"}, 5, "classes: 0,1 there, 0,2 here"),
     ({"model_path": "b" * 64}, 5, "model_path: aaaaaaaaaaaa... there, bbbbbbbbbbbb... here"),
-    ({"use_ddim": True}, -1, "use_ddim: False there, True here"),
+    ({"use_ddim": True}, -1, "use_ddim: none there, True here"),
     ({}, 6, "seed: 5 there, 6 here"),
-    ({"classes": ""}, 6, "classes: 0,1 there,  here; seed: 5 there, 6 here"),
+    ({"classes": ""}, 6, 'classes: 0,1 there, "" here; seed: 5 there, 6 here'),
 ])  # fmt: skip
 def test_other_samples_are_not_mixed_in(change, seed, told, complete, tmp_path):
     """Other flags, weights or seeds are refused, named, and change nothing."""
@@ -145,6 +145,16 @@ def test_another_number_of_images_is_another_set(tmp_path):
     larger = SampleFiles(str(tmp_path), (10, 8, 8, 1), {"num_channels": 64})
     with larger.claimed(6, int):
         assert larger.missing(10) == [range(0, 10)]
+
+
+def test_an_npz_that_no_manifest_tells_of_is_left_alone(tmp_path):
+    """It may be of the published code: nothing is drawn over it."""
+    path = tmp_path / "samples_10x4x4x1.npz"
+    path.write_bytes(b"fifty thousand images")
+    files = SampleFiles(str(tmp_path), SHAPE, FLAGS)
+    with pytest.raises(ValueError, match="no manifest tells.*move it away"), files.claimed(5, int):
+        pass
+    assert [*tmp_path.iterdir()] == [path] and path.read_bytes() == b"fifty thousand images"
 
 
 def test_a_whole_set_is_left_alone(tmp_path):
@@ -184,7 +194,11 @@ def test_images_are_written_when_they_are_asked_for(tmp_path):
     assert rows[:3] == ["name,class", "000000.png,0", "000001.png,1"] and len(rows) == 11
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"format": 2}', "{" * 10000])
+@pytest.mark.parametrize("text", [
+    "", "[1]", "{}", '{"format": 2}', "{" * 10000,
+    '{"format": 1, "seed": "x", "flags": {}, "complete": true}',
+    '{"format": 1, "seed": 5, "flags": 5, "complete": true}',
+])  # fmt: skip
 def test_a_manifest_that_is_none_is_told(text, tmp_path):
     """One line that says what to remove."""
     (tmp_path / "samples_10x4x4x1.json").write_text(text)

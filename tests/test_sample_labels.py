@@ -54,6 +54,17 @@ def test_a_preset_knows_the_names_of_imagenet():
     assert not any("," in name or name != name.strip() for name in names)
 
 
+def test_names_with_commas_are_quoted(tmp_path):
+    """As in a CSV file."""
+    (tmp_path / "classes.txt").write_text("red, green\nblue\n")
+    assert choose(str(tmp_path / "m.pt"), classes='blue,"Red, green",1').tolist() == [1, 0, 1]
+
+
+def test_a_released_file_knows_its_names_without_a_preset():
+    """By its own name."""
+    assert choose("there/64x64_diffusion.pt", num_classes=1000, classes="otter").tolist() == [360]
+
+
 def test_balanced_is_every_class_in_turn():
     """--class_balanced draws each as often as the others."""
     assert choose(class_balanced=True).tolist() == [0, 1, 2, 3]
@@ -64,6 +75,7 @@ def test_balanced_is_every_class_in_turn():
     ("a.txt", b"\xef\xbb\xbfTrouser\r\n3\r\n0"),
     ("a.csv", b"one.png,Trouser\ntwo.png,3\nthree.png,0\n"),
     ("a.csv", b"Trouser\n3\n0\n"),
+    ("a.csv", b"name,class\n000000.png,1\n000001.png,3\n000002.png,0\n"),
 ])  # fmt: skip
 def test_a_list_may_be_text(name, content, model, tmp_path):
     """A class on each line, or in the last column."""

@@ -16,7 +16,7 @@ from stand_ins import (
 )
 
 from guided_diffusion import sampling
-from guided_diffusion.gaussian_diffusion import get_named_beta_schedule
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, get_named_beta_schedule
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 
 SHAPE = (4, 3, 8, 8)
@@ -257,6 +257,33 @@ def test_noisy_ddim_draws_from_the_source():
     blocks = iter([torch.randn(SHAPE) for _ in range(21)])
     make().ddim_sample_loop(network(), SHAPE, eta=0.5, noise_fn=lambda x: next(blocks))
     assert not list(blocks)
+
+
+def test_published_signatures_may_be_overridden():
+    """A subclass that knows of no source of noise works, as long as none is given."""
+
+    class Mine(GaussianDiffusion):
+        def p_sample(
+            self, model, x, t, clip_denoised=True, denoised_fn=None, cond_fn=None, model_kwargs=None
+        ):
+            return super().p_sample(
+                model, x, t, clip_denoised, denoised_fn, cond_fn, model_kwargs
+            )  # fmt: skip
+
+        def ddim_sample_loop_progressive(
+            self, model, shape, noise=None, clip_denoised=True, denoised_fn=None, cond_fn=None,
+            model_kwargs=None, device=None, progress=False, eta=0.0,
+        ):  # fmt: skip
+            return super().ddim_sample_loop_progressive(
+                model, shape, noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device,
+                progress, eta,
+            )  # fmt: skip
+
+    for sampler in ("p", "ddim"):
+        torch.manual_seed(0)
+        mine = getattr(make(cls=Mine), f"{sampler}_sample_loop")(network(), SHAPE)
+        torch.manual_seed(0)
+        assert torch.equal(mine, getattr(make(), f"{sampler}_sample_loop")(network(), SHAPE))
 
 
 def test_given_noise_comes_before_the_source():

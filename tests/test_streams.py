@@ -10,7 +10,7 @@ PURPOSES = [value for name, value in vars(streams).items() if name.isupper()]
 
 def test_a_purpose_is_a_stream_of_its_own():
     """No two purposes share a number, or one use of a seed would follow from another."""
-    assert len(set(PURPOSES)) == len(PURPOSES) == 13
+    assert len(set(PURPOSES)) == len(PURPOSES) == 15
     draws = [tuple(streams.stream(3, 5, purpose).integers(2**62, size=2)) for purpose in PURPOSES]
     assert len(set(draws)) == len(draws)
 
@@ -63,7 +63,9 @@ def test_the_noise_of_a_chain_is_that_of_its_image(sizes):
     ends = np.cumsum(sizes).tolist()
     batches = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     found = np.empty((6, 3, 2, 5), np.float32)  # image, block, shape
-    for indices, noise in streams.chain_noises(7, batches, (2, 5)):
+    purposes = (streams.NOISE, streams.CHAIN)
+    for indices, noise, prepared in streams.chain_noises(7, batches, (2, 5), purposes, len):
+        assert prepared == len(indices)
         for block in range(3):
             found[indices.start : indices.stop, block] = noise.take()
     np.testing.assert_array_equal(found[:, 0], streams.normal(7, range(6), streams.NOISE, (2, 5)))
@@ -80,8 +82,9 @@ def test_the_noise_of_the_next_batch_is_begun_before(monkeypatch):
     monkeypatch.setattr(
         streams, "normal", lambda seed, i, *rest: begun.append(list(i)) or draw(seed, i, *rest)
     )
-    pairs = streams.chain_noises(7, [range(0, 2), range(2, 4), range(4, 6)], (3,))
-    indices, noise = next(pairs)
+    batches, purposes = [range(0, 2), range(2, 4), range(4, 6)], (streams.NOISE, streams.CHAIN)
+    pairs = streams.chain_noises(7, batches, (3,), purposes, len)
+    indices, noise, _ = next(pairs)
     noise.take()
     noise.take()  # by then the only thread is past the start of the next batch
     assert indices == range(0, 2) and begun == [[0, 1], [2, 3]]
