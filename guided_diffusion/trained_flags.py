@@ -203,8 +203,9 @@ def find_trained(
         return Trained(saved, config.fixed_names(*KINDS[kind]))
     if preset and kind in preset.network:
         network = whole_network(preset.network[kind], kind)
-        if flag in args.given:  # another file than the preset's, maybe of another network
-            _require_network(network, args.preset, flag, path)
+        given = {name: getattr(args, name) for name in args.given}
+        if flag in given and not infer_flags.departures(network, given):
+            _require_network(network, args.preset, flag, path)  # it is not the preset's own file
         return Trained(network, network.keys())
     return _infer(args, flag, kind, likely or {})
 

@@ -1,4 +1,4 @@
-"""Upsample the images of an npz file into a larger npz file and a PNG grid."""
+"""Upsample small images, of an npz, a folder or a zip, into an npz file and a PNG grid."""
 
 from guided_diffusion import config, trained_flags
 

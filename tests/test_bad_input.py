@@ -301,6 +301,11 @@ CASES = [
         {"preset": "imagenet256", "model_path": "PLACE/bare.pt", "num_channels": 128},
         "--model_path num_channels: the checkpoint has 256, the command line says 128",
     ),
+    (
+        "image_sample",
+        {"preset": "imagenet256", "model_path": "PLACE/bare.pt"},
+        "--model_path bare.pt --preset imagenet256 num_channels: the file has 32, the preset 256",
+    ),
     ("image_sample", {"model_path": "PLACE/bad_json.pt"}, "bad_json.json JSON remove"),
     ("image_sample", {"model_path": "PLACE/odd_json.pt"}, "odd_json.json --num_channels int many"),
     ("image_sample", {"model_path": "PLACE/list_json.pt"}, "list_json.json JSON object"),

@@ -155,6 +155,21 @@ assert os.environ.get("CUDA_VISIBLE_DEVICES") == before.get("CUDA_VISIBLE_DEVICE
 """
 
 
+@pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
+def test_a_busy_rank_is_waited_for(launcher, tmp_path):
+    """Longer than the timeout of the job, twice, as long as it shows signs of life."""
+    status, printed = launch(launcher, WORKERS / "patient.py", "late", cwd=tmp_path)
+    assert status == 0, printed
+    assert printed.count("all are here") == 2
+
+
+def test_a_silent_rank_is_not_waited_for(tmp_path):
+    """Once its heart has stopped for longer than the timeout, it is named and the job ends."""
+    status, printed = launch("mpiexec", WORKERS / "patient.py", "stopped", cwd=tmp_path)
+    assert status != 0 and "all are here" not in printed
+    assert re.search(r"error: rank 1 on .* has been silent", printed)
+
+
 def test_one_process_needs_nothing():
     """A group exists without launcher, network variables or mpi4py; importing loads no torch."""
     run = subprocess.run(

@@ -138,6 +138,38 @@ def test_labels_reach_the_network_only_if_it_takes_them(tmp_path):
     assert other["arr_1"].tolist() == [3] * 7
 
 
+def test_images_that_are_no_numbers_are_told(tmp_path, capsys):
+    """They end as black pixels, which nobody would notice among many; how many are, is said."""
+
+    class Broken(Echo):
+        def forward(self, x, t, y=None):
+            return super().forward(x, t) / (y != 2).view(-1, 1, 1, 1)
+
+    with mock.patch(f"{__name__}.Echo", Broken):
+        draw(tmp_path, Labels(np.array([2, 0, 2]), 4, 0), clip_denoised=False)
+    assert "5 of the images drawn now have pixels that are not finite" in capsys.readouterr().out
+
+
+def test_an_upsampled_image_has_noise_of_its_own(tmp_path):
+    """Under one seed its start differs from that of the image that it is made from."""
+
+    class Base:
+        def low_res(self, indices, seed):
+            return {"low_res": torch.zeros(len(indices), 1, 4, 4)}
+
+    args = sampling_flags()
+    diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="ddim5")
+    for name, base in [("plain", None), ("upsampled", Base())]:
+        files = SampleFiles(str(tmp_path / name), (7, 4, 4, 1), {})
+        (tmp_path / name).mkdir()
+        with files.claimed(11, int):
+            su.draw_samples(args, Echo(), diffusion, files, RANDOM, base=base)
+    plain, upsampled = (
+        np.load(tmp_path / name / "samples_7x4x4x1.npz")["arr_0"] for name in ("plain", "upsampled")
+    )
+    assert all((one != other).any() for one, other in zip(plain, upsampled, strict=True))
+
+
 def test_films_show_the_chains_of_the_first_images(tmp_path):
     """Every second step and the last; x_t above, the predicted x_start below it."""
     kept = {}

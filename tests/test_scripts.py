@@ -328,6 +328,13 @@ def test_image_nll_scores_each_image_once(place, tmp_path):
     assert "done 7 samples" in succeed("image_nll", flags, batch_size=5, num_samples=7).out
 
 
+def test_a_preset_scores_the_whole_chain(tmp_path):
+    """Its steps are for sampling."""
+    make_images(tmp_path / "data", count=2, size=28)
+    flags = {"preset": "fashion", "data_dir": tmp_path / "data", "dry_run": True}
+    assert "1000 x" in succeed("image_nll", flags).out
+
+
 def test_image_nll_scores_no_image_in_place_of_a_broken_one(place, tmp_path):
     """A single pass skips it: 24 good images among 25 give 24 scores."""
     own = shutil.copytree(place / "data", tmp_path / "data")
@@ -349,6 +356,25 @@ def test_image_invert_tells_the_error_of_the_round_trip(place, tmp_path):
     assert latents["arr_0"].dtype == np.float32 and latents["arr_1"].tolist() == [0] * 8 + [1, 1]
     assert read_npz(tmp_path / "reconstructions_10x8x8x1.npz")["arr_0"].dtype == np.uint8
     assert read_npz(tmp_path / "errors.npz")["arr_0"].shape == (10,)
+
+
+@pytest.mark.parametrize("names", [("Dress", "Sneaker"), ("3", "7"), ("03", "07")])
+def test_given_images_have_the_classes_that_the_model_knows(names, tmp_path):
+    """By name or number, also where not all classes are among them."""
+    (tmp_path / "data").mkdir()
+    for name in names:
+        Image.new("L", (28, 28)).save(tmp_path / "data" / f"{name}_0.png")
+    flags = {"data_dir": tmp_path / "data", "timestep_respacing": "2", "log_dir": tmp_path / "out"}
+    succeed("image_invert", flags, model_path=ROOT / "models" / "fashion" / "diffusion.pt")
+    assert read_npz(tmp_path / "out" / "latents_2x28x28x1.npz")["arr_1"].tolist() == [3, 7]
+
+
+def test_a_film_that_comes_too_late_is_told(place, tmp_path):
+    """The images of a whole set stay as they are, and the set is not refused."""
+    flags = FEW | FAST | {"model_path": model(place, "d"), "log_dir": tmp_path}
+    succeed("image_sample", flags)
+    done = succeed("image_sample", flags, save_every_t=2)
+    assert "no film" in done.out and "6 of 6 samples are there" in done.out
 
 
 @pytest.mark.parametrize(
