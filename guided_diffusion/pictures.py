@@ -108,9 +108,7 @@ def save_grid(
     draw = ImageDraw.Draw(sheet)
     for i, image in enumerate(images):
         x, y = i % columns * cell[0] + 2, i // columns * (cell[1] + text) + 2
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
-        picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        sheet.paste(picture.convert("RGB"), (x, y + text))
+        _paste(sheet, image, zoom, (x, y + text))
         if labels is not None:
             name = _shorten(caption(int(labels[i]), names), draw, cell[0] - 2)
             draw.text((x, y), name, fill="black")
@@ -129,22 +127,31 @@ def save_film(
         path: of the PNG.
         names: what to print for each label.
     """
-    count, strips, frames, height, width, channels = film.shape
+    count, strips, frames, height, width, _ = film.shape
     zoom = max(1, 64 // height)
     cell, text = (width * zoom + 2, height * zoom + 2), 4 if labels is None else 16
     block = strips * cell[1] + text
     sheet = Image.new("RGB", (frames * cell[0], count * block), "white")
     draw = ImageDraw.Draw(sheet)
     for i, strip, frame in np.ndindex(count, strips, frames):
-        image = film[i, strip, frame]
-        picture = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
-        picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         corner = (frame * cell[0], i * block + text + strip * cell[1])
-        sheet.paste(picture.convert("RGB"), corner)
+        _paste(sheet, film[i, strip, frame], zoom, corner)
     for i in range(0 if labels is None else count):
         draw.text((2, i * block + 2), caption(int(labels[i]), names), fill="black")
     checkpoints.write_file(path, lambda file: sheet.save(file, format="PNG"))
     logger.log(f"saved {os.path.abspath(path)}")
+
+
+def to_picture(image: np.ndarray) -> Image.Image:
+    """Turn uint8 [H, W, 1 or 3] into a picture of Pillow, grey or in colour."""
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
+def _paste(sheet: Image.Image, image: np.ndarray, zoom: int, corner: tuple[int, int]) -> None:
+    """Put an image, each pixel enlarged to `zoom` squared, onto a sheet."""
+    height, width = image.shape[:2]
+    picture = to_picture(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+    sheet.paste(picture.convert("RGB"), corner)
 
 
 def caption(label: int, names: list[str] | None) -> str:

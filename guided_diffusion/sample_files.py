@@ -20,12 +20,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from . import checkpoint_sets, checkpoints, config, dist_util, logger
 from .npz_rows import open_rows
-from .pictures import save_film, save_grid
+from .pictures import save_film, save_grid, to_picture
 
 FORMAT = 1  # of the manifest
 IN_GRID = 100  # images in the grid
@@ -290,7 +289,7 @@ class SampleFiles:
             for i in indices:
                 path = os.path.join(self.stem, f"{i:0{digits}d}.png")
                 if not os.path.exists(path):
-                    image = Image.fromarray(rows[i].squeeze(-1) if self.shape[-1] == 1 else rows[i])
+                    image = to_picture(rows[i])
                     checkpoints.write_file(
                         path, lambda file, image=image: image.save(file, "PNG"), durable=False
                     )

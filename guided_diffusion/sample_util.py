@@ -89,7 +89,7 @@ def _ready(model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
 
 
 # --------------------------------------------------------------------------------------------
-# Drawing and scoring
+# Drawing
 
 
 @contextmanager

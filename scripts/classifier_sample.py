@@ -19,12 +19,13 @@ def main(argv=None):
         overrides={"batch_size": 16},
     )
     args = trained_flags.complete(args)
-    if args.dry_run:
-        from guided_diffusion.estimates import dry_run
 
-        return dry_run(args)
-
+    from guided_diffusion import estimates
     from guided_diffusion import sample_util as su
+
+    if args.dry_run:
+        su.choose_classes(args)  # tells what is wrong with them
+        return estimates.dry_run(args)
 
     with su.sampling(args, args.image_size) as (files, labels):
         model, diffusion = su.load_model_and_diffusion(args)

@@ -17,14 +17,14 @@ def main(argv=None):
         overrides={"batch_size": 16},
     )
     args = trained_flags.complete(args, "upsampler")
-    if args.dry_run:
-        from guided_diffusion.estimates import dry_run
 
-        return dry_run(args, "upsampler")
-
+    from guided_diffusion import estimates
     from guided_diffusion import sample_util as su
 
     base = su.BaseSamples(args)
+    if args.dry_run:
+        return estimates.dry_run(args, "upsampler")
+
     with su.sampling(args, args.large_size, base) as (files, labels):
         model, diffusion = su.load_model_and_diffusion(args, "upsampler")
         su.draw_samples(args, model, diffusion, files, labels, base=base)

@@ -96,14 +96,15 @@ def test_a_run_without_a_seed_goes_on_with_the_first_one(batch_size, left, model
 
 
 def test_shards_without_a_manifest_are_not_used(left, model, tmp_path):
-    """Its removal is what the error of other flags advises: all images are of the new ones then."""
+    """Whoever removes manifest and npz, but leaves what is in folders, gets images of the new set."""
     folder, whole = shutil.copytree(left, tmp_path / "out"), tmp_path / "whole"
     (folder / f"{NAME}.json").unlink()
     flags = FIVE | {"model_path": model, "seed": 12, "save_images": True}
     succeed("image_sample", flags, log_dir=folder)
     succeed("image_sample", flags, log_dir=whole)
     assert_alike(folder, whole)
-    (folder / f"{NAME}.json").unlink()
+    for suffix in ("json", "npz"):
+        (folder / f"{NAME}.{suffix}").unlink()
     succeed("image_sample", flags | {"seed": 13}, log_dir=folder)
     for name in (f"{NAME}.png", f"{NAME}/000000.png"):  # nor are pictures of before
         assert (folder / name).read_bytes() != (whole / name).read_bytes()
