@@ -96,7 +96,7 @@ def test_a_run_without_a_seed_goes_on_with_the_first_one(batch_size, left, model
 
 
 def test_shards_without_a_manifest_are_not_used(left, model, tmp_path):
-    """Whoever removes manifest and npz, but leaves what is in folders, gets images of the new set."""
+    """Whoever removes manifest and npz, but not what is in folders, gets images of the new set."""
     folder, whole = shutil.copytree(left, tmp_path / "out"), tmp_path / "whole"
     (folder / f"{NAME}.json").unlink()
     flags = FIVE | {"model_path": model, "seed": 12, "save_images": True}
