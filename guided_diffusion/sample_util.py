@@ -126,7 +126,11 @@ def sampling(
         files = SampleFiles(logger.get_dir(), shape, flags)
         with files.claimed(args.seed, choose_seed):
             labels = Labels(chosen, args.num_classes, files.seed)
-            yield files, labels if takes_labels or chosen is not None else None
+            try:
+                yield files, labels if takes_labels or chosen is not None else None
+            except KeyboardInterrupt:
+                logger.log(f"stopped: the same command with --log_dir {logger.get_dir()} goes on")
+                raise
 
 
 def _how_to_go_on(args: argparse.Namespace, log_dir: str) -> str:

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -234,6 +235,16 @@ def test_the_first_line_tells_how_to_go_on(place, tmp_path, monkeypatch):
     again = run_script("image_sample", dict(zip(names, words[3::2], strict=True)))
     assert again.code == 0 and "3 of 3 samples are there" in again.out
     assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
+def test_an_interrupted_command_says_that_it_can_go_on(place, tmp_path):
+    """Ctrl-C ends it with the usual exit code, and the folder to name again."""
+    flags = FEW | FAST | {"model_path": model(place, "d"), "log_dir": tmp_path}
+    with mock.patch("guided_diffusion.sample_util.draw_samples", side_effect=KeyboardInterrupt):
+        done = run_script("image_sample", flags)
+    assert done.code == 130
+    assert f"the same command with --log_dir {tmp_path} goes on" in done.out
+    succeed("image_sample", flags)
 
 
 def test_other_flags_in_the_same_folder_are_refused(place, tmp_path):
