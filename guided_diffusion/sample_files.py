@@ -73,6 +73,7 @@ class SampleFiles:
         Raises:
             ValueError: if the folder holds samples of other flags, naming what differs.
         """
+        found = None
         with checkpoint_sets.reserved(self.shards):
             try:
                 dist_util.barrier()  # rank 0 has the folder now
@@ -84,6 +85,11 @@ class SampleFiles:
                     self._remove_leftovers(all_shards=not found)
                 self.seed, self._found = choose_seed(seed), found
                 yield self
+            except ValueError:
+                is_ours = not found and self._found is not None
+                if is_ours and dist_util.is_main() and not self._ranges():
+                    checkpoints.remove(self.manifest)  # a mistake, before anything was drawn
+                raise
             finally:
                 if dist_util.is_main():
                     with suppress(OSError):

@@ -106,6 +106,9 @@ def make_broken_data(place):
     (place / "high.csv").write_text("".join(f"{name},{i}\n" for i, name in enumerate(names)))
     (place / "text.zip").write_text("hello")
     (place / "few.json").write_text("[0]")
+    make_images(place / "torn", count=2, size=4)
+    for path in (place / "torn").iterdir():
+        path.write_bytes(path.read_bytes()[:45])
     (place / "names.txt").write_text("0\ncat\n")
     (place / "empty.txt").touch()
     (place / "full").mkdir()
@@ -355,6 +358,7 @@ CASES = [
     ("super_res_sample", {"base_samples": "PLACE/none"}, "--base_samples none images png"),
     ("super_res_sample", {"base_samples": "PLACE/data"}, "--base_samples data .png 8 x 8 4 x 4"),
     ("super_res_sample", {"base_samples": "PLACE/broken"}, "--base_samples broken .png 8 x 8"),
+    ("super_res_sample", {"base_samples": "PLACE/torn"}, "--base_samples torn .png repair"),
     ("super_res_sample", {"base_samples": "PLACE/text.zip"}, "--base_samples text.zip"),
     ("super_res_sample", {"low_res_noise": -0.1}, "--low_res_noise -0.1 0"),
     ("super_res_sample", {"low_res_noise": "nan"}, "--low_res_noise nan finite"),
