@@ -66,9 +66,9 @@ def known_names(args: argparse.Namespace) -> list[str] | None:
         if names is not None:
             return names
     preset = PRESETS.get(getattr(args, "preset", "")) or by_file(args.model_path)
-    if preset is None or not preset.classes:
-        return None
-    return checkpoints.read_class_names(os.path.join(MODELS, preset.classes))
+    path = os.path.join(MODELS, preset.classes) if preset and preset.classes else ""
+    # A package that was installed without the project's folders has no such file.
+    return checkpoints.read_class_names(path) if checkpoints.exists(path) else None
 
 
 def numbers_of(
