@@ -278,10 +278,10 @@ def barrier() -> None:
 
 
 def wait_patiently(name: str) -> None:
-    """Wait until every rank is here, as long as the others work: only a silent one ends it.
+    """Wait until every rank is here, however long the others work: only a silent one ends it.
 
     A barrier gives up when the timeout of the job is over, whatever the others are at. All ranks
-    call this.
+    call this. A rank whose main thread hangs while its heart beats is waited for, too.
 
     Args:
         name: what for, as in `stage`.
@@ -291,9 +291,11 @@ def wait_patiently(name: str) -> None:
         return
     _state.num_shared[name] += 1
     key = f"{name}/{_state.num_shared[name]}"
-    _state.store.add(key, 1)
-    with stage(name):
-        while _state.store.add(key, 0) < get_world_size():
+    with stage(name), heartbeat.listening():
+        here, mine = 0, 1
+        while here < get_world_size():
+            with stage(name, waits=True):  # the server of the store may have stopped
+                here, mine = _state.store.add(key, mine), 0
             heartbeat.end_if_silent()
             time.sleep(0.1)
 

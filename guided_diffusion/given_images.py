@@ -16,6 +16,7 @@ from .data_sources import open_source
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import ImageStream
 from .pictures import class_names, save_film, to_uint8
+from .sample_labels import numbers_of
 from .sample_util import Progress, take
 from .sampling import Step
 from .streams import ChainNoise
@@ -40,11 +41,12 @@ def load_images(args: argparse.Namespace) -> ImageStream:
 
 def _spelled(args: argparse.Namespace, names: list[str]) -> list[str]:
     """Return the model's classes by number, spelled as the images have them: names, or numbers."""
-    found = set(classes_in(open_source(args.data_dir), args.labels))
-    if found <= set(names) or not all(item.isascii() and item.isdecimal() for item in found):
+    found = sorted(set(classes_in(open_source(args.data_dir), args.labels)))
+    if set(found) <= set(names):
         return names
-    spelled = {int(item): item for item in found}
-    return [spelled.get(number, str(number)) for number in range(len(names))]
+    numbers = numbers_of(found, names, len(names), f"--data_dir {args.data_dir}")
+    spelled = dict(zip(numbers.tolist(), found, strict=True))
+    return [spelled.get(number, name) for number, name in enumerate(names)]
 
 
 def over_images(

@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 from .launchers import GRACE, Launch, abort, first_line
 
 BEAT = 1.0  # seconds between two signs of life
+TOO_SILENT = 60.0  # seconds without one, after which a patient wait ends the job
 SILENCE = 4.0  # seconds without one, after which a rank counts as dead or stopped
 
 LESS_MEMORY = (
@@ -126,7 +128,7 @@ class Heartbeat:
         self.listening: float | None = None  # since when
         self.num_beats = 0
         self.last_words: str | None = None
-        self.failed = self.server_left = self.asked = False
+        self.failed = self.server_left = self.asked = self.listens = False
         self.job_over: float | None = None  # since when this rank knows
         self._parent = os.getppid()
         self._stop, self._wake, self._told = (threading.Event() for _ in range(3))
@@ -210,7 +212,11 @@ class Heartbeat:
     def _wants_to_know(self) -> bool:
         """Tell whether to hear the others: not before this rank has waited or failed."""
         now = _present()
-        if self.asked or (now and now.is_vain() and (now.until or now.age() > BEAT)):
+        if (
+            self.asked
+            or self.listens
+            or (now and now.is_vain() and (now.until or now.age() > BEAT))
+        ):
             return True
         self.listening = None
         self.signs.clear()
@@ -271,11 +277,6 @@ class Heartbeat:
         abort(1)
 
     # What is known
-
-    def longest_silence(self) -> float:
-        """Return for how many seconds the most silent of the other ranks has given no sign."""
-        self.asked = True
-        return max([sign.silence() for sign in list(self.signs.values())], default=0.0)
 
     def name_cause(self, symptom: str) -> str:
         """Say in one line who let this rank wait, and in which stage it did."""
@@ -362,10 +363,22 @@ def start(launch: Launch, timeout: float) -> Heartbeat:
     return _pulse[0]
 
 
+@contextmanager
+def listening() -> Iterator[None]:
+    """Hear the other ranks within the block, for `end_if_silent`."""
+    for pulse in _pulse:
+        pulse.listens = True
+    yield
+    for pulse in _pulse:
+        pulse.listens = False
+
+
 def end_if_silent() -> None:
-    """Raise an error between ranks if another one was silent for longer than the timeout."""
-    if _pulse and _pulse[0].longest_silence() > _pulse[0].timeout:
-        raise RuntimeError("timed out waiting for a silent rank")
+    """Raise an error between ranks if another one has given no sign of life for too long."""
+    for pulse in _pulse:
+        silences = [sign.silence() for sign in list(pulse.signs.values())]
+        if max(silences, default=0.0) > min(pulse.timeout, TOO_SILENT):
+            raise RuntimeError("timed out waiting for a silent rank")
 
 
 def stop() -> None:

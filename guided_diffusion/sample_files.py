@@ -86,14 +86,20 @@ class SampleFiles:
                 self.seed, self._found = choose_seed(seed), found
                 yield self
             except ValueError:
-                is_ours = not found and self._found is not None
-                if is_ours and dist_util.is_main() and not self._ranges():
-                    checkpoints.remove(self.manifest)  # a mistake, before anything was drawn
+                if not found:
+                    self._forget_if_nothing_is_drawn()
                 raise
             finally:
                 if dist_util.is_main():
                     with suppress(OSError):
                         os.rmdir(self.shards)  # stays if there is something in it
+
+    def _forget_if_nothing_is_drawn(self) -> None:
+        """Delete the manifest after a mistake that came before anything else was written."""
+        alone = dist_util.get_world_size() == 1  # other ranks may be writing their first shards
+        is_new = self._found is not None and not self._found["complete"]
+        if alone and is_new and not self._ranges() and not os.path.exists(self.npz):
+            checkpoints.remove(self.manifest)
 
     def _remove_leftovers(self, all_shards: bool) -> None:
         """Delete the temporary files of killed runs; and shards of which no manifest tells."""
@@ -112,7 +118,8 @@ class SampleFiles:
         """Delete the pictures of another set under the name of this one."""
         for path in (f"{self.stem}.png", f"{self.stem}_film.png"):
             checkpoints.remove(path)
-        for name in filter(re.compile(r"\d+\.png").fullmatch, checkpoints.names_in(self.stem)):
+        written = re.compile(r"\d+\.png|labels\.csv")
+        for name in filter(written.fullmatch, checkpoints.names_in(self.stem)):
             os.remove(os.path.join(self.stem, name))
 
     def _read(self) -> dict[str, Any] | None:
@@ -131,7 +138,9 @@ class SampleFiles:
                 problem = f"has format {found['format']!r}, this version reads {FORMAT}"
             elif isinstance(found["flags"], dict) and isinstance(found["seed"], int):
                 return {key: found[key] for key in ("seed", "flags", "complete")}
-        raise ValueError(f"{self.manifest} {problem}: remove it, or choose another --log_dir")
+        raise ValueError(
+            f"{self.manifest} {problem}: remove {self.stem}.*, or choose another --log_dir"
+        )
 
     def _refuse_a_mix(self, found: dict[str, Any], seed: int) -> None:
         mine, theirs = dict(self.flags), dict(found["flags"])
@@ -252,7 +261,9 @@ class SampleFiles:
                 if not os.path.exists(f"{self.stem}.png"):
                     self._write_grid(labels_of, names)
                 if frames and not os.path.exists(f"{self.stem}_film.png"):
-                    logger.log("no film: the first images were drawn without --save_every_t")
+                    logger.log(
+                        "no film: the first images were drawn without --save_every_t, or another"
+                    )
             dist_util.wait_patiently("putting the samples together")
             if save_images:
                 self._write_images(labels_of)
@@ -294,7 +305,7 @@ class SampleFiles:
             rows = open_rows(self.npz)  # mapped anew: what was read before leaves the memory
             for i in indices:
                 path = os.path.join(self.stem, f"{i:0{digits}d}.png")
-                if not os.path.exists(path):
+                if not checkpoints.size_of(path):  # missing, or emptied by a loss of power
                     image = to_picture(rows[i])
                     checkpoints.write_file(
                         path, lambda file, image=image: image.save(file, "PNG"), durable=False
@@ -310,7 +321,7 @@ class SampleFiles:
 
 def _shown(value: Any) -> str:
     """Return a value for a message; of a hash, the start."""
-    text = {None: "none", "": '""'}.get(value, str(value))
+    text = "none" if value is None else str(value) or '""'
     return f"{text[:12]}..." if re.fullmatch(r"[0-9a-f]{64}", text) else text
 
 

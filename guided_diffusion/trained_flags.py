@@ -1,8 +1,8 @@
 """Completing a command line with the flags that checkpoints were trained with.
 
 They stand in the file beside a checkpoint; without one, in the table of a preset; else they are
-inferred from its tensors. Only for the last is torch imported: any other contradiction is told
-before anything is loaded or written.
+inferred from its tensors. Only where tensors are read is torch imported: any other contradiction is
+told before anything is loaded or written.
 """
 
 import argparse
@@ -159,7 +159,8 @@ def adopt_flags(
             for name in wrong
         ]
         remedy = f"leave {', '.join(f'--{name}' for name in wrong)} out"
-        remedy += _null_class_hint(network["num_classes"], args.num_classes)
+        if "num_classes" in wrong:
+            remedy += _null_class_hint(network["num_classes"], args.num_classes)
         raise ValueError(f"--{flag} {getattr(args, flag)}: {'; '.join(told)}: {remedy}")
     return merged
 
@@ -205,7 +206,9 @@ def find_trained(
         network = whole_network(preset.network[kind], kind)
         given = {name: getattr(args, name) for name in args.given}
         if flag in given and not infer_flags.departures(network, given):
-            _require_network(network, args.preset, flag, path)  # it is not the preset's own file
+            _require_network(
+                network, args.preset, kind, flag, path
+            )  # it is not the preset's own file
         return Trained(network, network.keys())
     return _infer(args, flag, kind, likely or {})
 
@@ -221,9 +224,11 @@ def _require_kind(found: str, kind: str, flag: str, path: str) -> None:
         raise ValueError(f"--{flag} {path} holds {holds}: give a file with {wanted}")
 
 
-def _require_network(network: dict[str, Any], preset: str, flag: str, path: str) -> None:
+def _require_network(network: dict[str, Any], preset: str, kind: str, flag: str, path: str) -> None:
     """Raise a ValueError if the tensors of a checkpoint contradict the network of a preset."""
-    shown = infer_flags.infer(read_shapes(path), {}, network).shown
+    found = _read_network(flag, path, {}, network)
+    _require_kind(found.kind, kind, flag, path)
+    shown = found.shown
     wrong = infer_flags.departures(network, shown)
     if wrong:
         told = [
@@ -263,17 +268,30 @@ def whole_network(network: dict[str, Any], kind: str) -> dict[str, Any]:
     return {n: v for n, v in config.defaults(*groups).items() if n in fixed} | network
 
 
+class ForeignNetwork(ValueError):
+    """A checkpoint holds weights, but of no network of this project."""
+
+
+def _read_network(flag: str, path: str, *more: dict[str, Any]) -> infer_flags.Inferred:
+    """Infer the flags of a checkpoint from its tensors; `more` goes to `infer_flags.infer`."""
+    shapes = read_shapes(path)
+    try:
+        return infer_flags.infer(shapes, *more)
+    except ValueError as error:
+        remedy = "give a checkpoint of these scripts, or of the published ones"
+        raise ForeignNetwork(f"--{flag} {path} holds weights, but {error}: {remedy}") from error
+
+
 def _infer(args: argparse.Namespace, flag: str, kind: str, likely: dict[str, Any]) -> Trained:
     """Infer flags from the tensors of a checkpoint, and from its name if that is a released one."""
     path = getattr(args, flag)
     shapes = read_shapes(path)
     try:
-        found = infer_flags.infer(shapes)
-    except ValueError as error:
+        found = _read_network(flag, path)
+    except ForeignNetwork:
         if flag == "init_from":  # which takes what fits
             return Trained({}, ())
-        remedy = "give a checkpoint of these scripts, or of the published ones"
-        raise ValueError(f"--{flag} {path} holds weights, but {error}: {remedy}") from error
+        raise
     _require_kind(found.kind, kind, flag, path)
     why = "since weights do not show it"
     release = presets.by_file(path)

@@ -58,6 +58,7 @@ def make_broken_files(place):
     for path in (place / "broken").iterdir():
         path.write_bytes(path.read_bytes()[:60])
     shutil.copy(weights, place / "bare.pt")
+    shutil.copy(place / "c" / "model000001.pt", place / "bare_classifier.pt")
     shutil.copy(weights, place / "bad_json.pt")
     (place / "bad_json.json").write_text("{")
     shutil.copy(weights, place / "odd_json.pt")
@@ -303,6 +304,16 @@ CASES = [
         "image_sample",
         {"preset": "imagenet256", "model_path": "PLACE/bare.pt", "num_channels": 128},
         "--model_path num_channels: the checkpoint has 256, the command line says 128",
+    ),
+    (
+        "image_sample",
+        {"preset": "imagenet256", "model_path": "PLACE/other.pt"},
+        "--model_path other.pt no network give",
+    ),
+    (
+        "image_sample",
+        {"preset": "imagenet256", "model_path": "PLACE/bare_classifier.pt"},
+        "--model_path bare_classifier.pt a classifier: give",
     ),
     (
         "image_sample",

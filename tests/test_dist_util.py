@@ -158,16 +158,20 @@ assert os.environ.get("CUDA_VISIBLE_DEVICES") == before.get("CUDA_VISIBLE_DEVICE
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun"])
 def test_a_busy_rank_is_waited_for(launcher, tmp_path):
     """Longer than the timeout of the job, twice, as long as it shows signs of life."""
-    status, printed = launch(launcher, WORKERS / "patient.py", "late", cwd=tmp_path)
+    status, printed = launch(launcher, WORKERS / "patient.py", "late", "1", cwd=tmp_path)
     assert status == 0, printed
     assert printed.count("all are here") == 2
 
 
-def test_a_silent_rank_is_not_waited_for(tmp_path):
+@pytest.mark.parametrize("rank, told", [
+    ("1", r"error: rank 1 on .* has been silent"),
+    ("0", r"rank 1: error: rank 0, which serves the store, cannot be reached"),
+])  # fmt: skip
+def test_a_silent_rank_is_not_waited_for(rank, told, tmp_path):
     """Once its heart has stopped for longer than the timeout, it is named and the job ends."""
-    status, printed = launch("mpiexec", WORKERS / "patient.py", "stopped", cwd=tmp_path)
+    status, printed = launch("mpiexec", WORKERS / "patient.py", "stopped", rank, cwd=tmp_path)
     assert status != 0 and "all are here" not in printed
-    assert re.search(r"error: rank 1 on .* has been silent", printed)
+    assert re.search(told, printed), printed
 
 
 def test_one_process_needs_nothing():

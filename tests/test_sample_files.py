@@ -147,6 +147,30 @@ def test_another_number_of_images_is_another_set(tmp_path):
         assert larger.missing(10) == [range(0, 10)]
 
 
+def test_a_mistake_at_the_end_costs_no_manifest(tmp_path, monkeypatch):
+    """Once something is drawn, its seed is kept, whatever goes wrong with a picture."""
+
+    def save_grid(*_):
+        raise ValueError("no such letter")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("guided_diffusion.sample_files.save_grid", save_grid)
+        with pytest.raises(ValueError, match="no such letter"):
+            draw(tmp_path)
+    again = SampleFiles(str(tmp_path), SHAPE, FLAGS)
+    with again.claimed(-1, int):
+        assert again.seed == 5 and again.is_complete()
+
+
+def test_a_mistake_before_anything_is_drawn_leaves_nothing(tmp_path):
+    """The manifest goes, too."""
+    files = SampleFiles(str(tmp_path), SHAPE, FLAGS)
+    with pytest.raises(ValueError, match="broken"), files.claimed(5, int):
+        files.missing(5)
+        raise ValueError("a broken base image")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_npz_that_no_manifest_tells_of_is_left_alone(tmp_path):
     """It may be of the published code: nothing is drawn over it."""
     path = tmp_path / "samples_10x4x4x1.npz"
@@ -203,7 +227,10 @@ def test_a_manifest_that_is_none_is_told(text, tmp_path):
     """One line that says what to remove."""
     (tmp_path / "samples_10x4x4x1.json").write_text(text)
     files = SampleFiles(str(tmp_path), SHAPE, FLAGS)
-    with pytest.raises(ValueError, match="samples_10x4x4x1.json.*remove it"), files.claimed(5, int):
+    with (
+        pytest.raises(ValueError, match="samples_10x4x4x1.json.*: remove .*, or"),
+        files.claimed(5, int),
+    ):
         pass
 
 

@@ -369,7 +369,7 @@ def test_image_invert_tells_the_error_of_the_round_trip(place, tmp_path):
     assert read_npz(tmp_path / "errors.npz")["arr_0"].shape == (10,)
 
 
-@pytest.mark.parametrize("names", [("Dress", "Sneaker"), ("3", "7"), ("03", "07")])
+@pytest.mark.parametrize("names", [("Dress", "sneaker"), ("3", "7"), ("03", "Sneaker")])
 def test_given_images_have_the_classes_that_the_model_knows(names, tmp_path):
     """By name or number, also where not all classes are among them."""
     (tmp_path / "data").mkdir()

@@ -1,6 +1,6 @@
-"""Rank 1 comes late, or stops for good, and rank 0 waits for it with patience.
+"""A rank comes late, or stops for good, and the other waits for it with patience.
 
-    patient.py late|stopped
+    patient.py late|stopped RANK
 
 Run as two ranks; the timeout of the job is 3 seconds.
 """
@@ -15,7 +15,7 @@ from guided_diffusion import dist_util
 if __name__ == "__main__":
     with dist_util.process_group("cpu", timeout=3):
         for _ in range(2):
-            if dist_util.get_rank() == 1:
+            if dist_util.get_rank() == int(sys.argv[2]):
                 time.sleep(5)
                 if sys.argv[1] == "stopped":
                     os.kill(os.getpid(), signal.SIGSTOP)
