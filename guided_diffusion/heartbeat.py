@@ -20,15 +20,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 from .launchers import GRACE, Launch, abort, first_line
-
-BEAT = 1.0  # seconds between two signs of life
-TOO_SILENT = 60.0  # seconds without one, after which a patient wait ends the job
-SILENCE = 4.0  # seconds without one, after which a rank counts as dead or stopped
+from .signs import BEAT, SILENCE, TOO_SILENT, Sign, name_failed, name_late, name_silent
 
 LESS_MEMORY = (
     "use a smaller --batch_size or, in training, a smaller --microbatch, --use_checkpoint True, "
@@ -98,18 +94,6 @@ def _present() -> Stage | None:
 
 
 # Telling and hearing
-
-
-@dataclass
-class Sign:
-    """The last sign of life of another rank."""
-
-    said: dict[str, Any]
-    heard: float  # when it was first seen, by the clock of this rank
-
-    def silence(self) -> float:
-        """Return for how many seconds nothing new has come."""
-        return time.monotonic() - self.heard
 
 
 class Heartbeat:
@@ -315,42 +299,16 @@ class Heartbeat:
             return [
                 f"{self._server()}, which serves the store, cannot be reached for {silence:.0f} s"
             ]
-        signs = sorted(dict(self.signs).items())
+        signs, now = sorted(dict(self.signs).items()), _present()
         absent = set(range(self.launch.world_size)) - {self.launch.rank, *dict(signs)}
         found = [
             [name_failed(*heard) for heard in signs],
             [f"rank {rank} has not come" for rank in sorted(absent)],
             [name_silent(*heard) for heard in signs],
-            [name_late(*heard, _present()) for heard in signs],
+            [name_late(*heard, now and now.name) for heard in signs],
         ]
         named = (list(filter(None, causes)) for causes in found)
         return next(filter(None, named), ["every rank waits there, each for another"])
-
-
-def name_failed(rank: int, sign: Sign) -> str | None:
-    """Name a rank that told why it ended, unless that was because of others."""
-    words = sign.said["last_words"]
-    return f"rank {rank} on {sign.said['host']} ended: {words}" if words else None
-
-
-def name_silent(rank: int, sign: Sign) -> str | None:
-    """Name a rank whose heart stopped, unless it said so."""
-    if sign.silence() <= SILENCE - BEAT or sign.said["last_words"] is not None:
-        return None
-    where = f"in stage {sign.said['stage']!r}" if sign.said["stage"] else "outside any stage"
-    host, silence = sign.said["host"], sign.silence()
-    return f"rank {rank} on {host} has been silent for {silence:.0f} s, last seen {where}"
-
-
-def name_late(rank: int, sign: Sign, mine: Stage | None) -> str | None:
-    """Name a rank that does something else than wait where this one waits."""
-    said = sign.said
-    if said["stage"] is None:
-        return f"rank {rank} on {said['host']} is busy outside any stage"
-    if said["waits"] and mine is not None and said["stage"] == mine.name:
-        return None
-    age = said["age"] + sign.silence()
-    return f"rank {rank} on {said['host']} is still in stage {said['stage']!r}, for {age:.0f} s"
 
 
 # Of this process

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from guided_diffusion import heartbeat
+from guided_diffusion import signs as signs_module
 from guided_diffusion.heartbeat import Sign, explain, stage
 from guided_diffusion.launchers import Launch
 
@@ -147,7 +148,7 @@ ONGOING = "rank 1 on node1 is still in stage {}, for 3 s"
 )
 def test_late_ranks(said, cause):
     """A rank is late unless it waits where this one waits, as far as names can tell."""
-    assert heartbeat.name_late(1, make_sign(**said), heartbeat.Stage("a", waits=True)) == cause
+    assert heartbeat.name_late(1, make_sign(**said), "a") == cause
 
 
 def test_silent_ranks():
@@ -164,8 +165,9 @@ def test_silent_ranks():
 @pytest.fixture
 def beating(monkeypatch):
     """A fast heartbeat of rank 0 of three, and a function that tells a sign for another rank."""
-    monkeypatch.setattr(heartbeat, "BEAT", 0.05)
-    monkeypatch.setattr(heartbeat, "SILENCE", 0.5)
+    for module in (heartbeat, signs_module):
+        monkeypatch.setattr(module, "BEAT", 0.05)
+        monkeypatch.setattr(module, "SILENCE", 0.5)
     minute = timedelta(minutes=1)
     server = dist.TCPStore("localhost", 0, None, True, minute, wait_for_workers=False)
     signs = dist.PrefixStore("guided_diffusion/heartbeat/0", server)
