@@ -170,7 +170,7 @@ def label_source(value: str) -> str | None:
     return None if is_remote(value) or os.path.isfile(value) else "does not exist: give its path"
 
 
-LABEL_LISTS = (".txt", ".csv", ".npy", ".npz")
+LABEL_LISTS = (".txt", ".csv", ".json", ".npy", ".npz")
 
 
 def label_list(value: str) -> str | None:

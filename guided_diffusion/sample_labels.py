@@ -3,7 +3,9 @@
 import argparse
 import csv
 import io
+import json
 import os
+from typing import Any
 
 import numpy as np
 
@@ -125,6 +127,8 @@ def _read_list(path: str, where: str) -> list[str]:
         if os.path.splitext(path)[1].lower() in (".npy", ".npz"):
             return list(map(str, _read_array(content).tolist()))
         text = content.decode("utf-8-sig")
+        if path.lower().endswith(".json"):
+            return _check_list(json.loads(text))
         if path.lower().endswith(".csv"):
             rows = [row for row in csv.reader(io.StringIO(text)) if any(row)]
             return [row[-1] for row in rows if row[-1].strip().casefold() not in HEADERS]
@@ -132,6 +136,13 @@ def _read_list(path: str, where: str) -> list[str]:
     except Exception as error:  # of the disk, the encoding, numpy or zipfile
         reason = " ".join(str(error).split())
         raise ValueError(f"{where} cannot be read as a list of classes ({reason})") from error
+
+
+def _check_list(items: Any) -> list[str]:
+    """Return the numbers and names of a JSON list as text."""
+    if not isinstance(items, list) or not all(type(item) in (int, str) for item in items):
+        raise ValueError("it is no list of numbers and names")
+    return list(map(str, items))
 
 
 def _read_array(content: bytes) -> np.ndarray:

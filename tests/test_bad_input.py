@@ -106,7 +106,7 @@ def make_broken_data(place):
     (place / "few.csv").write_text(f"{names[0]},0\n")
     (place / "high.csv").write_text("".join(f"{name},{i}\n" for i, name in enumerate(names)))
     (place / "text.zip").write_text("hello")
-    (place / "few.json").write_text("[0]")
+    (place / "few.xml").write_text("<a/>")
     make_images(place / "torn", count=2, size=4)
     for path in (place / "torn").iterdir():
         path.write_bytes(path.read_bytes()[:45])
@@ -334,7 +334,7 @@ CASES = [
     ("image_sample", {"classes": "-1"}, "--classes -1 from 0 on"),
     ("image_sample", {"classes": "1", "class_balanced": True}, "--classes --class_balanced one"),
     ("image_sample", {"labels_file": "PLACE/x.txt"}, "--labels_file x.txt exist"),
-    ("image_sample", {"labels_file": "PLACE/few.json"}, "--labels_file few.json .txt .csv .npy"),
+    ("image_sample", {"labels_file": "PLACE/few.xml"}, "--labels_file few.xml .txt .csv .npy"),
     ("image_sample", {"labels_file": "PLACE/names.txt"}, "--labels_file names.txt 'cat'"),
     ("image_sample", {"labels_file": "PLACE/empty.txt"}, "--labels_file empty.txt no class line"),
     ("image_sample", {"labels_file": "PLACE/base_object.npz"}, "--labels_file base_object.npz"),

@@ -75,6 +75,7 @@ def test_balanced_is_every_class_in_turn():
     ("a.txt", b"\xef\xbb\xbfTrouser\r\n3\r\n0"),
     ("a.csv", b"one.png,Trouser\ntwo.png,3\nthree.png,0\n"),
     ("a.csv", b"Trouser\n3\n0\n"),
+    ("a.json", b'["Trouser", 3, "0"]'),
     ("a.csv", b"name,class\n000000.png,1\n000001.png,3\n000002.png,0\n"),
 ])  # fmt: skip
 def test_a_list_may_be_text(name, content, model, tmp_path):
@@ -115,6 +116,8 @@ def test_names_need_a_list_of_names():
 
 @pytest.mark.parametrize("name, content", [
     ("a.txt", b""), ("a.txt", b"\xff\xfe"), ("a.npy", b"hello"), ("a.npz", b""), ("a.csv", b"\n"),
+    ("a.json", b"{"), ("a.json", b'{"a": 1}'), ("a.json", b"[1.5]"), ("a.json", b"[true]"),
+    ("a.json", b"[[1]]"), ("a.json", b"[]"),
 ])  # fmt: skip
 def test_lists_that_are_none_are_told(name, content, tmp_path):
     """One line that names the file."""
