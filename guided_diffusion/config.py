@@ -211,7 +211,7 @@ class LabelConfig:
     )  # fmt: skip
     class_balanced: bool = flag(False, "draw all classes in turn, equally often")
     labels_file: str = flag(
-        "", "the classes to draw, in turn: lines of a .txt or .csv, a list in a .json, .npy or .npz",
+        "", "classes to draw, in turn: lines of a .txt or .csv, or a list in a .json, .npy or .npz",
         check=label_list,
     )  # fmt: skip
 
