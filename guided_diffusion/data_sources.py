@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .image_decoding import decode, guard, is_url, one_line, open_binary
+from .npz_rows import find_data
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")  # of images in folders and zips, in any case
 REMEDY = (
@@ -163,10 +163,7 @@ class ZipSource(Source):
         """Unpack entry i."""
         start, num_packed, size, method, checksum = self._place[i].tolist()
         with open_binary(self.data_dir) as file:
-            file.seek(start)
-            # The header of an entry: 26 bytes told by the directory too, and two lengths.
-            skipped = sum(struct.unpack("<26x2H", file.read(30)))
-            file.seek(start + 30 + skipped)
+            file.seek(find_data(file, start))
             packed = file.read(num_packed)
         whole = packed
         if method == zipfile.ZIP_DEFLATED:

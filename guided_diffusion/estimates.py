@@ -293,6 +293,7 @@ def _estimate_training(args: argparse.Namespace, kind: str) -> Estimate:
     trainer.optimize(opt)  # makes the moments
 
     def loss(num: int, within: int) -> Tensor:
+        """Return the loss of the first `num` images of a batch of `within`."""
         x, t, cond = _inputs(args, kind, within)
         noise, cond = torch.empty_like(x), {name: value[:num] for name, value in cond.items()}
         given = (model, x[:num], t[:num], cond, noise[:num])

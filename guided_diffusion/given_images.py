@@ -128,6 +128,7 @@ def score_images(
     """
 
     def score(indices: range, images: Tensor, cond: dict[str, Tensor], bar: Progress) -> Arrays:
+        """Score a batch."""
         noise = ChainNoise(thread, seed, indices, tuple(images.shape[1:]))
         metrics = diffusion.calc_bpd_loop(
             model,
@@ -182,6 +183,7 @@ def invert_images(
     """
 
     def invert(indices: range, images: Tensor, cond: dict[str, Tensor], bar: Progress) -> Arrays:
+        """Send a batch there and back."""
         options = dict(clip_denoised=args.clip_denoised, model_kwargs=cond)
         share = len(images) / (2 * diffusion.num_timesteps - 1)
         there = diffusion.ddim_reverse_sample_loop_progressive(model, images, **options)

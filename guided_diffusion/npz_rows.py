@@ -73,11 +73,16 @@ def _refuse(shown: str, error: Exception) -> NoReturn:
 
 def _find_stored(file: BinaryIO, entry: zipfile.ZipInfo) -> int | None:
     """Return where in the file an entry's bytes begin, None if they are compressed."""
-    if entry.compress_type != zipfile.ZIP_STORED:
-        return None
-    file.seek(entry.header_offset)
+    return (
+        find_data(file, entry.header_offset) if entry.compress_type == zipfile.ZIP_STORED else None
+    )
+
+
+def find_data(file: BinaryIO, header: int) -> int:
+    """Return where in a zip the bytes of an entry begin whose header begins at byte `header`."""
+    file.seek(header)
     # The header of an entry: 26 bytes told by the directory too, and two lengths.
-    return entry.header_offset + 30 + sum(struct.unpack("<26x2H", file.read(30)))
+    return header + 30 + sum(struct.unpack("<26x2H", file.read(30)))
 
 
 class _Header:

@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -188,46 +188,56 @@ def draw_samples(
         cond_fn: guidance; or None.
         base: what an upsampler enlarges; or None.
     """
-    count, *_ = files.shape
     missing = files.missing(args.batch_size)
-    left = sum(map(len, missing))
+    count, left = files.shape[0], sum(map(len, missing))
     if left < count:
         logger.log(f"{files.stem}: {count - left:,} of {count:,} samples are there")
     mine = missing[dist_util.get_rank() :: dist_util.get_world_size()]
     image_shape = (files.shape[3], *files.shape[1:3])
-    loop = "ddim_sample_loop" if args.use_ddim else "p_sample_loop"
-    chain_of = partial(
-        getattr(diffusion, f"{loop}_progressive"),
-        model if args.class_cond else partial(_without_labels, model),
-        clip_denoised=args.clip_denoised,
-        cond_fn=cond_fn,
-        device=dist_util.dev(),
-    )
+    chain_of = _chain_of(args, model, diffusion, cond_fn)
     prepare = partial(_condition, seed=files.seed, labels=labels, base=base)
     purposes = (UP_NOISE, UP_CHAIN) if base else (NOISE, CHAIN)
     work = chain_noises(files.seed, mine, image_shape, purposes, prepare)
-    frames, not_finite = Film.length(args.save_every_t, diffusion.num_timesteps), 0
+    num_steps, not_finite = diffusion.num_timesteps, 0
     with (
         dist_util.stage("drawing samples"),
         dist_util.precision(args.use_bf16),
         Progress(count, "sampling", count - left) as bar,
     ):
         for indices, noise, cond in work:
-            chain = chain_of(
-                (len(indices), *image_shape),
-                noise_fn=partial(take, noise),
-                model_kwargs={name: value.to(dist_util.dev()) for name, value in cond.items()},
-            )
-            film = Film(indices, args.save_every_t, diffusion.num_timesteps)
+            film = Film(indices, args.save_every_t, num_steps)
+            chain = chain_of((len(indices), *image_shape), noise, cond)
             for step, out in enumerate(chain, 1):
                 film.see(step, out)
-                bar.move(len(indices) / diffusion.num_timesteps)
+                bar.move(len(indices) / num_steps)
             not_finite += int((~out["sample"].isfinite()).flatten(1).any(dim=1).sum())
             files.write(indices, to_uint8(out["sample"]), film.frames())
     dist_util.wait_patiently("waiting for the samples of all ranks")
     _warn_of_broken_images(not_finite)
-    names = known_names(args)
+    names, frames = known_names(args), Film.length(args.save_every_t, num_steps)
     files.finish(labels and labels.of, names=names, save_images=args.save_images, frames=frames)
+
+
+def _chain_of(
+    args: argparse.Namespace, model: nn.Module, diffusion: GaussianDiffusion, cond_fn: CondFn | None
+) -> Callable[[tuple[int, ...], ChainNoise, dict[str, Tensor]], Iterator[Step]]:
+    """Return what makes the chain of a batch from its shape, its noise and its other inputs."""
+    loop = "ddim_sample_loop" if args.use_ddim else "p_sample_loop"
+    network = model if args.class_cond else partial(_without_labels, model)
+
+    def chain(shape: tuple[int, ...], noise: ChainNoise, cond: dict[str, Tensor]) -> Iterator[Step]:
+        """Yield the steps of a batch."""
+        return getattr(diffusion, f"{loop}_progressive")(
+            network,
+            shape,
+            clip_denoised=args.clip_denoised,
+            cond_fn=cond_fn,
+            device=dist_util.dev(),
+            noise_fn=partial(take, noise),
+            model_kwargs={name: value.to(dist_util.dev()) for name, value in cond.items()},
+        )
+
+    return chain
 
 
 def _warn_of_broken_images(count: int) -> None:
