@@ -1,0 +1,1 @@
+"""How good a set of images is: scores of samples against real images, on their features."""
