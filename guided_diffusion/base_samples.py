@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import os
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,10 +16,28 @@ from .data_sources import Source, open_source
 from .image_decoding import guard
 from .npz_rows import open_rows
 from .sample_labels import known_names, numbers_of
-from .streams import LOW_RES, normal
+from .streams import LOW_RES, UP_CHAIN, UP_NOISE, normal
 
 FLAG = "--base_samples"
 LABELS_TABLE = "labels.csv"  # in a folder of images: name and class of each
+
+
+class Given(Protocol):
+    """Images from which samples are made: sample i from image i mod their number.
+
+    Attributes:
+        labels: the class of each image, int64 [M], or None if there are none.
+        purposes: of the streams of random numbers of the samples, as for `streams.ChainNoise`.
+    """
+
+    labels: np.ndarray | None
+    purposes: tuple[int, int]
+
+    def cond(self, indices: range, seed: int) -> dict[str, Tensor]:
+        """Return what the sampler is told of some samples, name -> [N, ...]."""
+
+    def digests(self) -> dict[str, str]:
+        """Return hashes of what is read, by flag."""
 
 
 class BaseSamples:
@@ -35,6 +54,8 @@ class BaseSamples:
         ValueError: if there are no images of this size and number of channels or, under
             class_cond, no labels.
     """
+
+    purposes = UP_NOISE, UP_CHAIN
 
     def __init__(self, args: argparse.Namespace):
         self.path, self.noise = args.base_samples, args.low_res_noise
@@ -79,13 +100,13 @@ class BaseSamples:
             )
         return labels.astype(np.int64)
 
-    def digest(self) -> str:
+    def digests(self) -> dict[str, str]:
         """Return a hash of what is upsampled."""
-        if isinstance(self.images, _Files):
-            return self.images.digest()
-        return checkpoints.digest(self.path)
+        is_npz = not isinstance(self.images, _Files)
+        digest = checkpoints.digest(self.path) if is_npz else self.images.digest()
+        return {"base_samples": digest}
 
-    def low_res(self, indices: range, seed: int) -> dict[str, Tensor]:
+    def cond(self, indices: range, seed: int) -> dict[str, Tensor]:
         """Return the input of some samples as {"low_res": [N, C, H, W] in [-1, 1]}.
 
         Under --low_res_noise with normal noise of that deviation, which hides what small images

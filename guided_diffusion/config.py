@@ -17,14 +17,12 @@ from .flag_checks import (
     between,
     checkpoint_file,
     checkpoint_source,
-    class_list,
     count,
     count_or_unset,
     device_name,
     ema_rates,
     fraction,
     image_source,
-    label_list,
     label_source,
     list_of,
     npz_file,
@@ -36,7 +34,17 @@ from .flag_checks import (
     weights_file,
 )
 from .flag_parsing import defaults, find_mistake, fixed_names, flag, read_flags, run
-from .presets import PRESETS, expand
+from .presets import expand
+from .sampling_flags import (  # noqa: F401 - groups, too
+    BaseSamplesConfig,
+    GuidanceConfig,
+    LabelConfig,
+    LoadConfig,
+    SampleConfig,
+    SteeringConfig,
+    StepsConfig,
+)
+from .sampling_flags import find_conflict as find_sampling_conflict
 
 __all__ = ["defaults", "find_mistake", "fixed_names", "flag", "parse_flags", "run", "str2bool"]
 
@@ -172,70 +180,6 @@ class ClassifierTrainConfig:
     iterations: int = flag(150000, "number of steps", check=count(10**9))
     anneal_lr: bool = flag(False, "let the learning rate fall linearly to 0")
     eval_interval: int = flag(5, "steps between two validation batches", check=count(10**9))
-
-
-@dataclass(frozen=True)
-class LoadConfig:
-    """The trained model, and how much to do with it."""
-
-    preset: str = flag(
-        "", f"a released or bundled model with its flags: {', '.join(PRESETS)}",
-        check=one_of("", *PRESETS),
-    )  # fmt: skip
-    model_path: str = flag(
-        "", "checkpoint; the .json beside it gives the flags", check=checkpoint_file, required=True
-    )
-    num_samples: int = flag(10000, "number of images", check=count(10**9))
-    clip_denoised: bool = flag(True, "clip the predicted x_start to [-1, 1] in every step")
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """How images are drawn."""
-
-    use_ddim: bool = flag(False, "DDIM instead of ancestral sampling")
-    save_images: bool = flag(False, "write each image as a PNG file, too")
-    save_every_t: int = flag(
-        0, "draw film strips of the first chains, a picture every so many steps (0: none)",
-        check=at_least(0),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LabelConfig:
-    """Of which classes."""
-
-    classes: str = flag(
-        "", "classes to draw, in turn, by number or name, such as 207,360 (default: random)",
-        check=class_list,
-    )  # fmt: skip
-    class_balanced: bool = flag(False, "draw all classes in turn, equally often")
-    labels_file: str = flag(
-        "", "classes to draw, in turn: lines of a .txt or .csv, or a list in a .json, .npy or .npz",
-        check=label_list,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class GuidanceConfig:
-    """The classifier that steers sampling."""
-
-    classifier_path: str = flag("", "checkpoint of the noisy classifier", check=checkpoint_file)
-    classifier_scale: float = flag(1.0, "guidance scale; 0 samples without the classifier")
-
-
-@dataclass(frozen=True)
-class BaseSamplesConfig:
-    """The images to upsample."""
-
-    base_samples: str = flag(
-        "", "small images: an npz, as a sampler writes it, or a folder or zip of image files",
-        check=image_source, required=True,
-    )  # fmt: skip
-    low_res_noise: float = flag(
-        0.0, "noise added to them, its standard deviation where pixels range over [-1, 1]",
-        check=between(0, 10),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -404,7 +348,7 @@ def find_conflict(flags: dict[str, Any]) -> str | None:
     if chosen and not get("class_cond") and "classifier_path" not in flags:
         shown = f"--{chosen[0]} {get(chosen[0])}"
         return f"{shown} needs a model with --class_cond True: leave it out"
-    return None
+    return find_sampling_conflict(flags)
 
 
 def parse_flags(

@@ -72,6 +72,16 @@ def one_of(*choices: Any) -> Check:
     return lambda value: None if value in choices else f"must be one of {names}"
 
 
+def or_unset(unset: float, check: Check) -> Check:
+    """Accept `unset`, and what `check` accepts."""
+
+    def either(value: float) -> str | None:
+        problem = None if value == unset else check(value)
+        return problem and f"{problem}, or be {unset:g}"
+
+    return either
+
+
 def count_or_unset(value: int) -> str | None:
     """Accept a positive count, or -1 for none."""
     return (
@@ -90,6 +100,29 @@ def list_of(kind: type, example: str) -> Check:
         return None if good else f"must be positive numbers with commas between, such as {example}"
 
     return check
+
+
+def read_interval(value: str) -> tuple[float, float] | None:
+    """Read "LO,HI" as two numbers, "" as None.
+
+    Raises:
+        ValueError: if it is something else, or not 0 <= LO < HI; HI may be inf.
+    """
+    if not value:
+        return None
+    low, high = (float(item) for item in value.split(","))
+    if not 0 <= low < high:
+        raise ValueError(f"not 0 <= {low} < {high}")
+    return low, high
+
+
+def interval(value: str) -> str | None:
+    """Accept "LO,HI" with 0 <= LO < HI, or an empty string."""
+    try:
+        read_interval(value)
+    except ValueError:
+        return "must be two sigmas with a comma between, 0 <= LO < HI, such as 0.3,5 or 0,inf"
+    return None
 
 
 def ema_rates(value: str) -> str | None:

@@ -38,7 +38,7 @@ INDIFFERENT = {
     "log_dir", "device", "seed", "dist_timeout", "dry_run", "preset", "num_samples", "batch_size",
     "save_images", "model_path", "classifier_path", "base_samples", "labels_file", "dropout",
     "label_dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "save_every_t",
-    "classes", "class_balanced",
+    "classes", "class_balanced", "guide_model_path",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoints, config, dist_util, logger, script_util, trained_flags
-from .base_samples import BaseSamples
+from .base_samples import Given
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import CondFn, classifier_guidance
 from .pictures import to_uint8
 from .sample_files import IN_FILM, INDIFFERENT, SampleFiles
 from .sample_labels import Labels, choose_classes, known_names
+from .samplers import Sampler, make_sampler
 from .sampling import Step
+from .sampling_flags import PUBLISHED_SAMPLERS, sampler_of
 from .script_util import CREATE, choose_seed
-from .streams import CHAIN, NOISE, UP_CHAIN, UP_NOISE, ChainNoise, chain_noises
+from .streams import CHAIN, NOISE, ChainNoise, chain_noises
 
 # --------------------------------------------------------------------------------------------
 # Loading
@@ -94,14 +96,14 @@ def _ready(model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
 
 @contextmanager
 def sampling(
-    args: argparse.Namespace, size: int, base: BaseSamples | None = None
+    args: argparse.Namespace, size: int, base: Given | None = None
 ) -> Iterator[tuple[SampleFiles, Labels | None]]:
     """Join the ranks, open the log, and find out which samples there are already.
 
     Args:
         args: the command line of a script that draws samples, completed.
         size: height and width of the samples.
-        base: the images that an upsampler enlarges, else None.
+        base: the images that samples are made from, as by an upsampler; or None.
 
     Yields:
         the files of the samples, and their labels, None if they have none.
@@ -142,7 +144,7 @@ def _how_to_go_on(args: argparse.Namespace, log_dir: str) -> str:
 
 
 def _flags_that_count(
-    args: argparse.Namespace, chosen: np.ndarray | None, base: BaseSamples | None
+    args: argparse.Namespace, chosen: np.ndarray | None, base: Given | None
 ) -> dict[str, Any]:
     """Return what the images depend on: flags, and hashes of the files that are read."""
     names = {f.name for f in config.all_fields()} - INDIFFERENT
@@ -150,10 +152,15 @@ def _flags_that_count(
     if chosen is not None:
         flags["labels_in_turn"] = _summary(chosen)
     if base is not None:
-        flags["base_samples"] = base.digest()
+        flags |= base.digests()
     flags["model_path"] = checkpoints.digest(args.model_path)
     if getattr(args, "classifier_scale", 0):
         flags["classifier_path"] = checkpoints.digest(args.classifier_path)
+    if getattr(args, "guide_model_path", ""):
+        flags["guide_model_path"] = checkpoints.digest(args.guide_model_path)
+    sampler = sampler_of(flags)  # two ways to say the same are one
+    if sampler in PUBLISHED_SAMPLERS:
+        flags |= {"sampler": "", "use_ddim": sampler == "ddim"}
     return flags
 
 
@@ -166,27 +173,48 @@ def _summary(labels: np.ndarray) -> str:
     return f"{shown},... ({len(labels)}, {digest})"
 
 
-def draw_samples(
+def choose_sampler(
     args: argparse.Namespace,
     model: nn.Module,
     diffusion: GaussianDiffusion,
+    cond_fn: CondFn | None = None,
+) -> Sampler:
+    """Make the sampler that the flags ask for, with the weaker network of --guide_model_path.
+
+    Args:
+        args: the command line, completed by `trained_flags.complete`.
+        model: the network, on its device.
+        diffusion: the process, respaced by --timestep_respacing.
+        cond_fn: a guidance gradient, or None.
+
+    Raises:
+        ValueError: if the process has not as many steps as are wanted, or a file does not fit.
+    """
+    guide = None
+    if args.guide_model_path:
+        create, flags = CREATE[args.guide_kind], args.guide_flags | {"use_fp16": args.use_fp16}
+        guide = _ready(create(**flags)[0], args.guide_model_path, args.use_fp16)
+    return make_sampler(
+        args, model, diffusion, cond_fn=cond_fn, guide=guide, device=dist_util.dev()
+    )
+
+
+def draw_samples(
+    args: argparse.Namespace,
+    sampler: Sampler,
     files: SampleFiles,
     labels: Labels | None = None,
     *,
-    cond_fn: CondFn | None = None,
-    base: BaseSamples | None = None,
+    base: Given | None = None,
 ) -> None:
     """Draw the samples that are missing, shared among all ranks, and put their files together.
 
     Args:
-        args: gives batch_size, use_ddim, clip_denoised, class_cond, use_bf16, save_images,
-            save_every_t and model_path.
-        model: the network, on its device.
-        diffusion: the process, respaced to the steps to take.
+        args: gives batch_size, use_bf16, save_images, save_every_t and model_path.
+        sampler: turns noise into images.
         files: which samples, and where to.
         labels: the label of each, for the model or the guidance; or None.
-        cond_fn: guidance; or None.
-        base: what an upsampler enlarges; or None.
+        base: the images that samples are made from, as by an upsampler; or None.
     """
     missing = files.missing(args.batch_size)
     count, left = files.shape[0], sum(map(len, missing))
@@ -194,11 +222,10 @@ def draw_samples(
         logger.log(f"{files.stem}: {count - left:,} of {count:,} samples are there")
     mine = missing[dist_util.get_rank() :: dist_util.get_world_size()]
     image_shape = (files.shape[3], *files.shape[1:3])
-    chain_of = _chain_of(args, model, diffusion, cond_fn)
     prepare = partial(_condition, seed=files.seed, labels=labels, base=base)
-    purposes = (UP_NOISE, UP_CHAIN) if base else (NOISE, CHAIN)
+    purposes = base.purposes if base else (NOISE, CHAIN)
     work = chain_noises(files.seed, mine, image_shape, purposes, prepare)
-    num_steps, not_finite = diffusion.num_timesteps, 0
+    num_steps, not_finite = sampler.num_steps, 0
     with (
         dist_util.stage("drawing samples"),
         dist_util.precision(args.use_bf16),
@@ -206,7 +233,8 @@ def draw_samples(
     ):
         for indices, noise, cond in work:
             film = Film(indices, args.save_every_t, num_steps)
-            chain = chain_of((len(indices), *image_shape), noise, cond)
+            cond = {name: value.to(dist_util.dev()) for name, value in cond.items()}
+            chain = sampler.chain((len(indices), *image_shape), partial(take, noise), cond)
             for step, out in enumerate(chain, 1):
                 film.see(step, out)
                 bar.move(len(indices) / num_steps)
@@ -216,28 +244,6 @@ def draw_samples(
     _warn_of_broken_images(not_finite)
     names, frames = known_names(args), Film.length(args.save_every_t, num_steps)
     files.finish(labels and labels.of, names=names, save_images=args.save_images, frames=frames)
-
-
-def _chain_of(
-    args: argparse.Namespace, model: nn.Module, diffusion: GaussianDiffusion, cond_fn: CondFn | None
-) -> Callable[[tuple[int, ...], ChainNoise, dict[str, Tensor]], Iterator[Step]]:
-    """Return what makes the chain of a batch from its shape, its noise and its other inputs."""
-    loop = "ddim_sample_loop" if args.use_ddim else "p_sample_loop"
-    network = model if args.class_cond else partial(_without_labels, model)
-
-    def chain(shape: tuple[int, ...], noise: ChainNoise, cond: dict[str, Tensor]) -> Iterator[Step]:
-        """Yield the steps of a batch."""
-        return getattr(diffusion, f"{loop}_progressive")(
-            network,
-            shape,
-            clip_denoised=args.clip_denoised,
-            cond_fn=cond_fn,
-            device=dist_util.dev(),
-            noise_fn=partial(take, noise),
-            model_kwargs={name: value.to(dist_util.dev()) for name, value in cond.items()},
-        )
-
-    return chain
 
 
 def _warn_of_broken_images(count: int) -> None:
@@ -251,10 +257,10 @@ def _warn_of_broken_images(count: int) -> None:
 
 
 def _condition(
-    indices: range, seed: int, labels: Labels | None, base: BaseSamples | None
+    indices: range, seed: int, labels: Labels | None, base: Given | None
 ) -> dict[str, Tensor]:
     """Return the further inputs of the network, and of the guidance, for some samples."""
-    cond = base.low_res(indices, seed) if base else {}
+    cond = base.cond(indices, seed) if base else {}
     if labels is not None:
         cond["y"] = torch.from_numpy(labels.of(indices))
     return cond
@@ -263,11 +269,6 @@ def _condition(
 def take(noise: ChainNoise, x: Tensor) -> Tensor:
     """Return the next block of noise where x is."""
     return torch.from_numpy(noise.take()).to(x.device, non_blocking=True)
-
-
-def _without_labels(model: nn.Module, x: Tensor, t: Tensor, y: Any = None, **cond) -> Tensor:
-    """Call an unconditional network: the labels in `cond` are for the guidance alone."""
-    return model(x, t, **cond)
 
 
 class Film:

@@ -62,6 +62,10 @@ def complete(args: argparse.Namespace, kind: str = "diffusion model") -> argpars
     args.notes = [model.note] if model.note else []
     if is_guided:
         args = _adopt_classifier(args)
+    if getattr(args, "guide_model_path", ""):
+        args = _adopt_guide(args, kind)
+    if getattr(args, "num_steps", 0) and "timestep_respacing" not in args.given:
+        args.timestep_respacing = ""  # a preset's steps give way
     conflict = config.find_conflict(vars(args))
     if conflict:
         raise ValueError(conflict)
@@ -124,6 +128,34 @@ def _adopt_classifier(args: argparse.Namespace) -> argparse.Namespace:
     args = adopt_flags(args, trained, "classifier_path", config.ClassifierConfig)
     args.notes = args.notes + ([trained.note] if trained.note else [])
     return args
+
+
+def _adopt_guide(args: argparse.Namespace, kind: str) -> argparse.Namespace:
+    """Find the flags of the weaker network, and check that it can stand in for the model.
+
+    Returns:
+        a copy of `args` with `guide_kind` and `guide_flags`, which build that network.
+    """
+    groups, path = KINDS[kind], args.guide_model_path
+    mine = {name: getattr(args, name) for name in config.defaults(*groups)}
+    blank = argparse.Namespace(**vars(args) | {"given": set(), "preset": ""})
+    trained = find_trained(blank, "guide_model_path", kind, likely=mine)
+    flags = config.defaults(*groups) | trained.flags | {"timestep_respacing": ""}
+    sizes = {"upsampler": ("large_size",)}.get(kind, ("image_size",))
+    alike = {*COMMON, "class_cond", "predict_xstart", "label_dropout"} - {"image_size"} | {*sizes}
+    alike -= {"num_classes", "label_dropout"} if not args.class_cond else set()
+    wrong = [f"{n} {_shown(flags[n])} there, {_shown(mine[n])} here" for n in sorted(alike)
+             if flags[n] != mine[n]]  # fmt: skip
+    if wrong:
+        raise ValueError(
+            f"--guide_model_path {path} is of another kind than --model_path ({'; '.join(wrong)}): "
+            "use a weaker network, such as an early checkpoint, of the same training"
+        )
+    flags = {name: flags[name] for name in mine}
+    notes = args.notes + ([trained.note] if trained.note else [])
+    return argparse.Namespace(
+        **vars(args) | {"notes": notes, "guide_kind": kind, "guide_flags": flags}
+    )
 
 
 def adopt_flags(

@@ -11,6 +11,8 @@ def main(argv=None):
         config.LoadConfig,
         config.BatchConfig,
         config.SampleConfig,
+        config.StepsConfig,
+        config.SteeringConfig,
         config.LabelConfig,
         config.GuidanceConfig,
         *config.DIFFUSION_GROUPS,
@@ -29,8 +31,8 @@ def main(argv=None):
 
     with su.sampling(args, args.image_size) as (files, labels):
         model, diffusion = su.load_model_and_diffusion(args)
-        cond_fn = su.load_guidance(args)
-        su.draw_samples(args, model, diffusion, files, labels, cond_fn=cond_fn)
+        sampler = su.choose_sampler(args, model, diffusion, su.load_guidance(args))
+        su.draw_samples(args, sampler, files, labels)
 
 
 if __name__ == "__main__":

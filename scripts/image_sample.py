@@ -11,6 +11,8 @@ def main(argv=None):
         config.LoadConfig,
         config.BatchConfig,
         config.SampleConfig,
+        config.StepsConfig,
+        config.SteeringConfig,
         config.LabelConfig,
         *config.DIFFUSION_GROUPS,
         argv=argv,
@@ -27,7 +29,7 @@ def main(argv=None):
 
     with su.sampling(args, args.image_size) as (files, labels):
         model, diffusion = su.load_model_and_diffusion(args)
-        su.draw_samples(args, model, diffusion, files, labels)
+        su.draw_samples(args, su.choose_sampler(args, model, diffusion), files, labels)
 
 
 if __name__ == "__main__":

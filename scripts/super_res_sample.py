@@ -12,6 +12,8 @@ def main(argv=None):
         config.BaseSamplesConfig,
         config.BatchConfig,
         config.SampleConfig,
+        config.StepsConfig,
+        config.SteeringConfig,
         *config.SUPER_RES_GROUPS,
         argv=argv,
         overrides={"batch_size": 16},
@@ -20,14 +22,16 @@ def main(argv=None):
 
     from guided_diffusion import estimates
     from guided_diffusion import sample_util as su
+    from guided_diffusion.base_samples import BaseSamples
 
-    base = su.BaseSamples(args)
+    base = BaseSamples(args)
     if args.dry_run:
         return estimates.dry_run(args, "upsampler")
 
     with su.sampling(args, args.large_size, base) as (files, labels):
         model, diffusion = su.load_model_and_diffusion(args, "upsampler")
-        su.draw_samples(args, model, diffusion, files, labels, base=base)
+        sampler = su.choose_sampler(args, model, diffusion)
+        su.draw_samples(args, sampler, files, labels, base=base)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def folder_of(path, names=("000000.png", "000001.png", "000002.png"), images=IMA
 def test_base_images_are_taken_in_turn(npz):
     """Sample i upsamples image i mod M, in [-1, 1]."""
     base = BaseSamples(flags(npz))
-    low_res = base.low_res(range(2, 5), 0)["low_res"]
+    low_res = base.cond(range(2, 5), 0)["low_res"]
     assert base.labels.tolist() == [7, 8, 9] and low_res.shape == (3, 1, 2, 2)
     expected = torch.from_numpy(IMAGES[[2, 0, 1]]).permute(0, 3, 1, 2).float() / 127.5 - 1
     torch.testing.assert_close(low_res, expected)
@@ -51,11 +51,11 @@ def test_a_folder_or_a_zip_counts_as_the_npz_of_its_images(npz, tmp_path):
         for path in folder.iterdir():
             archive.write(path, path.name)
     np.savez_compressed(tmp_path / "small.npz", IMAGES)
-    expected = BaseSamples(flags(npz)).low_res(range(7), 0)["low_res"]
+    expected = BaseSamples(flags(npz)).cond(range(7), 0)["low_res"]
     for path in (folder, tmp_path / "a.zip", tmp_path / "small.npz"):
         base = BaseSamples(flags(path))
         assert len(base) == 3 and base.labels is None
-        torch.testing.assert_close(base.low_res(range(7), 0)["low_res"], expected, rtol=0, atol=0)
+        torch.testing.assert_close(base.cond(range(7), 0)["low_res"], expected, rtol=0, atol=0)
 
 
 def test_labels_of_a_folder_are_in_its_table_or_its_names(tmp_path):
@@ -80,24 +80,24 @@ def test_labels_of_a_folder_are_in_its_table_or_its_names(tmp_path):
 def test_noise_is_that_of_each_image(npz):
     """--low_res_noise adds the same to sample i in any batch, of the deviation asked for."""
     plain, noisy = (BaseSamples(flags(npz, low_res_noise=s)) for s in (0.0, 0.25))
-    added = noisy.low_res(range(400), 5)["low_res"] - plain.low_res(range(400), 5)["low_res"]
-    alone = noisy.low_res(range(7, 8), 5)["low_res"] - plain.low_res(range(7, 8), 5)["low_res"]
+    added = noisy.cond(range(400), 5)["low_res"] - plain.cond(range(400), 5)["low_res"]
+    alone = noisy.cond(range(7, 8), 5)["low_res"] - plain.cond(range(7, 8), 5)["low_res"]
     torch.testing.assert_close(added[7:8], alone, rtol=0, atol=0)
     assert abs(added.std() - 0.25) < 0.02 and len(added.unique()) > 1500
-    other = noisy.low_res(range(7, 8), 6)["low_res"]
-    assert not torch.equal(other, noisy.low_res(range(7, 8), 5)["low_res"])
+    other = noisy.cond(range(7, 8), 6)["low_res"]
+    assert not torch.equal(other, noisy.cond(range(7, 8), 5)["low_res"])
 
 
 def test_a_digest_follows_the_contents(npz, tmp_path):
     """Another pixel or another name gives another hash; a copy the same."""
-    first = BaseSamples(flags(folder_of(tmp_path / "a"))).digest()
-    assert BaseSamples(flags(folder_of(tmp_path / "b"))).digest() == first
+    first = BaseSamples(flags(folder_of(tmp_path / "a"))).digests()
+    assert BaseSamples(flags(folder_of(tmp_path / "b"))).digests() == first
     changed = IMAGES.copy()
     changed[1, 0, 0] ^= 1
-    assert BaseSamples(flags(folder_of(tmp_path / "c", images=changed))).digest() != first
+    assert BaseSamples(flags(folder_of(tmp_path / "c", images=changed))).digests() != first
     names = ("0.png", "1.png", "2.png")
-    assert BaseSamples(flags(folder_of(tmp_path / "d", names))).digest() != first
-    assert len(BaseSamples(flags(npz)).digest()) == 64
+    assert BaseSamples(flags(folder_of(tmp_path / "d", names))).digests() != first
+    assert len(BaseSamples(flags(npz)).digests()["base_samples"]) == 64
 
 
 @pytest.mark.parametrize("more, told", [

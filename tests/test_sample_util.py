@@ -24,7 +24,7 @@ def sampling_flags(**flags):
     same = dict(
         num_samples=7, batch_size=3, use_ddim=True, clip_denoised=True, class_cond=True,
         in_channels=1, num_classes=4, use_bf16=False, save_images=False, save_every_t=0,
-        model_path="",
+        model_path="", guide_model_path="",
     )  # fmt: skip
     return Namespace(**same | flags)
 
@@ -44,7 +44,7 @@ def draw(folder, labels=None, **flags):
     files = SampleFiles(str(folder), (args.num_samples, 4, 4, 1), {})
     folder.mkdir(exist_ok=True)
     with files.claimed(11, int):
-        su.draw_samples(args, Echo(), diffusion, files, labels)
+        su.draw_samples(args, su.choose_sampler(args, Echo(), diffusion), files, labels)
     with np.load(files.npz) as arrays:
         return dict(arrays)
 
@@ -106,12 +106,13 @@ def test_ranks_do_not_change_the_images(tmp_path, monkeypatch):
     args = sampling_flags(batch_size=2, use_ddim=False)
     diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="ddim5")
     files = SampleFiles(str(tmp_path), (7, 4, 4, 1), {})
+    sampler = su.choose_sampler(args, Echo(), diffusion)
     with files.claimed(11, int):
         plan = files.missing(2)
         monkeypatch.setattr(SampleFiles, "missing", lambda *_: plan)  # as rank 0 told them at first
         for rank in range(3):
             monkeypatch.setattr(dist_util, "get_rank", lambda rank=rank: rank)
-            su.draw_samples(args, Echo(), diffusion, files, RANDOM)
+            su.draw_samples(args, sampler, files, RANDOM)
             assert len(files._ranges()) == (2, 3, 4)[rank]
         drawn = np.concatenate(list(files._in_order()))
     np.testing.assert_array_equal(drawn, alone["arr_0"])
@@ -158,16 +159,19 @@ def test_an_upsampled_image_has_noise_of_its_own(tmp_path):
     """Under one seed its start differs from that of the image that it is made from."""
 
     class Base:
-        def low_res(self, indices, seed):
+        purposes = streams.UP_NOISE, streams.UP_CHAIN
+
+        def cond(self, indices, seed):
             return {"low_res": torch.zeros(len(indices), 1, 4, 4)}
 
     args = sampling_flags()
     diffusion = create_gaussian_diffusion(noise_schedule="cosine", timestep_respacing="ddim5")
+    sampler = su.choose_sampler(args, Echo(), diffusion)
     for name, base in [("plain", None), ("upsampled", Base())]:
         files = SampleFiles(str(tmp_path / name), (7, 4, 4, 1), {})
         (tmp_path / name).mkdir()
         with files.claimed(11, int):
-            su.draw_samples(args, Echo(), diffusion, files, RANDOM, base=base)
+            su.draw_samples(args, sampler, files, RANDOM, base=base)
     plain, upsampled = (
         np.load(tmp_path / name / "samples_7x4x4x1.npz")["arr_0"] for name in ("plain", "upsampled")
     )
