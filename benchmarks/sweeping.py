@@ -24,6 +24,7 @@ from garment_scores import Scorer, Scores
 from tqdm import tqdm
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+GRIDS = ("published", "logsnr", "karras", "time")
 POLL = 1.0  # seconds between two looks at the folders
 REAL_COUNTS = (1000, 5000)  # real training images that are scored as if they were samples
 
@@ -58,7 +59,7 @@ def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
     add("--batch_size", type=positive, default=50, help="images at once")
     add("--seed", type=int, default=0, help="seed of labels and noise")
     add("--bf16", action="store_true", help="compute in bfloat16")
-    add("--steps_by", default="published", help="how the scripts choose the steps")
+    add("--steps_by", default="published", choices=GRIDS, help="how the steps are spread")
     add("--workers", type=positive, default=1, help="sets to draw at once, on a thread each")
     add("--judge", type=Path, default=fc.JUDGE, help="file of the judge")
     add("--test_dir", type=Path, default=Path("data/fashion_mnist/test"), help="real test images")
@@ -131,6 +132,8 @@ class Sweep:
             ValueError: a folder holds samples of another seed or precision.
         """
         assert len({(d.name, d.num_samples) for d in drawings}) == len(drawings), drawings
+        if not drawings:
+            return {}
         for drawing in drawings:
             self._refuse_others(drawing)
         scores = {}
