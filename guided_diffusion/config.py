@@ -38,6 +38,7 @@ from .presets import expand
 from .sampling_flags import (  # noqa: F401 - groups, too
     BaseSamplesConfig,
     GuidanceConfig,
+    InpaintConfig,
     LabelConfig,
     LoadConfig,
     SampleConfig,

@@ -213,6 +213,23 @@ def label_list(value: str) -> str | None:
     return _file(value, "give the path of a list of classes")
 
 
+# Masks by name -> what is drawn anew, as shares of the height (from, to) and of the width (from,
+# to): the pixels i of n with from * n <= i < to * n.
+MASKS = {
+    "centre": (0.25, 0.75, 0.25, 0.75),
+    "left": (0.0, 1.0, 0.0, 0.5),
+    "right": (0.0, 1.0, 0.5, 1.0),
+    "top": (0.0, 0.5, 0.0, 1.0),
+    "bottom": (0.5, 1.0, 0.0, 1.0),
+}
+
+
+def mask_source(value: str) -> str | None:
+    """Accept a name in MASKS, a file, an address or an empty string."""
+    names = f"give a PNG that is white where to draw anew, or one of {', '.join(MASKS)}"
+    return None if value in MASKS else _file(value, names)
+
+
 def output_file(*endings: str) -> Check:
     """Accept a local path with one of some endings, in a folder that can be written, or ""."""
 
@@ -249,5 +266,5 @@ weights_file = output_file(".pt", ".safetensors")
 
 PATHS = (
     checkpoint_file, checkpoint_source, npz_file, image_source, label_source, label_list,
-    output_folder, png_file, weights_file,
+    mask_source, output_folder, png_file, weights_file,
 )  # fmt: skip

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field, fields
 from typing import Any
 
@@ -113,7 +113,7 @@ def read_flags(
     argv: Iterable[str] | None = None,
     overrides: dict[str, Any] | None = None,
     positional: Sequence[str] = (),
-    expand: Callable[[dict[str, Any], Collection[str]], dict[str, Any]],
+    expand: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]],
     find_conflict: Callable[[dict[str, Any]], str | None],
 ) -> argparse.Namespace:
     """Read a command line into a namespace of flag values; a mistake ends the process.
@@ -124,7 +124,7 @@ def read_flags(
         argv: the command line, sys.argv[1:] by default.
         overrides: defaults of this program where they differ.
         positional: flags whose values may stand at the front without the flags' names.
-        expand: (given, names of all flags) -> flags that others which were given stand for; it
+        expand: (given, defaults of all flags) -> flags that others which were given stand for; it
             raises a ValueError if there is something wrong with those.
         find_conflict: says which flags do not go together.
 

@@ -6,7 +6,6 @@ line wins over that.
 """
 
 import os
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,12 +123,12 @@ SCRIPTS = {  # kind of checkpoint -> what draws from it
 }
 
 
-def expand(given: Flags, names: Collection[str]) -> Flags:
+def expand(given: Flags, defaults: Flags) -> Flags:
     """Return the flags that --preset stands for; see `flag_parsing.read_flags`.
 
     Args:
         given: flags that the user gave, maybe among them a preset.
-        names: all flags of the script.
+        defaults: of all flags of the script.
 
     Raises:
         ValueError: if the preset has not what the script needs, or a file is not there.
@@ -138,18 +137,20 @@ def expand(given: Flags, names: Collection[str]) -> Flags:
     if name not in PRESETS:  # none was given, or the check of the flag will tell
         return {}
     preset = PRESETS[name]
-    kind = "upsampler" if "large_size" in names else "diffusion model"
+    kind = "upsampler" if "large_size" in defaults else "diffusion model"
     if kind not in preset.files:
         (other,) = preset.files.keys() & SCRIPTS.keys()
         raise ValueError(f"--preset {name} is {article(other)} {other}: use {SCRIPTS[other]}")
-    is_guided = "classifier_scale" in names and given.get("classifier_scale") != 0
+    is_guided = given.get("classifier_scale", defaults.get("classifier_scale", 0)) != 0
     if is_guided and "classifier_path" not in given and "classifier" not in preset.files:
         raise ValueError(
             f"--preset {name} has no classifier: use image_sample.py, or give --classifier_scale 0"
         )
-    draws = "use_ddim" in names  # else it scores or encodes, by the whole chain unless told
-    wanted = set(preset.sampling) & set(names) if draws else {"use_fp16"}
+    draws = "use_ddim" in defaults  # else it scores or encodes, by the whole chain unless told
+    wanted = set(preset.sampling) & set(defaults) if draws else {"use_fp16"}
     flags = {flag: value for flag, value in preset.sampling.items() if flag in wanted}
+    if not is_guided:  # by the script's own default
+        flags.pop("classifier_scale", None)
     if given.get("use_bf16"):  # which excludes the published float16
         flags.pop("use_fp16", None)
     if "model_path" not in given:

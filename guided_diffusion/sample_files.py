@@ -38,7 +38,7 @@ INDIFFERENT = {
     "log_dir", "device", "seed", "dist_timeout", "dry_run", "preset", "num_samples", "batch_size",
     "save_images", "model_path", "classifier_path", "base_samples", "labels_file", "dropout",
     "label_dropout", "use_checkpoint", "use_kl", "rescale_learned_sigmas", "save_every_t",
-    "classes", "class_balanced", "guide_model_path",
+    "classes", "class_balanced", "guide_model_path", "images", "mask",
 }  # fmt: skip
 
 
@@ -104,7 +104,7 @@ class SampleFiles:
     def _remove_leftovers(self, all_shards: bool) -> None:
         """Delete the temporary files of killed runs; and shards of which no manifest tells."""
         folder, stem = os.path.split(self.stem)
-        beside = rf"{re.escape(stem)}(_film)?\.(json|npz|png)"
+        beside = rf"{re.escape(stem)}(_film|_inpainted)?\.(json|npz|png)"
         of_shards = r".*\.npy(\.tmp\d+)?" if all_shards else r".*\.npy\.tmp\d+"
         for where, pattern in [
             (folder, rf"{beside}\.tmp\d+"),

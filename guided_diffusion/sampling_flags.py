@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .flag_checks import (
+    MASKS,
     at_least,
     between,
     checkpoint_file,
@@ -13,6 +14,7 @@ from .flag_checks import (
     image_source,
     interval,
     label_list,
+    mask_source,
     one_of,
     or_unset,
 )
@@ -141,6 +143,22 @@ class BaseSamplesConfig:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class InpaintConfig:
+    """The images to draw in, and what to draw anew."""
+
+    images: str = flag(
+        "", "images: an npz, as a sampler writes it, or a folder or zip of image files",
+        check=image_source, required=True,
+    )  # fmt: skip
+    mask: str = flag(
+        "", f"what is drawn anew: the white of a PNG of their size, or {', '.join(MASKS)}",
+        check=mask_source, required=True,
+    )  # fmt: skip
+    resamplings: int = flag(10, "how often each stretch of the chain is walked", check=count(1000))
+    jump_length: int = flag(10, "steps of a stretch", check=count(10**6))
+
+
 # Flags that only some samplers read -> these samplers.
 ONLY_FOR = {
     "eta": ("ddim", "dpmpp_2m_sde"),
@@ -163,6 +181,9 @@ def find_conflict(flags: dict[str, Any]) -> str | None:
     """
     get, usual = flags.get, defaults(StepsConfig)
     sampler = sampler_of(flags)
+    if "resamplings" in flags and sampler != "ancestral":
+        given = f"--sampler {sampler}" if get("sampler") else f"--use_ddim {get('use_ddim')}"
+        return f"{given} cannot inpaint, which takes ancestral steps: leave it out"
     if get("use_ddim") and sampler != "ddim":
         return f"--use_ddim True and --sampler {sampler} are two samplers: give one of them"
     if get("num_steps") and get("timestep_respacing"):

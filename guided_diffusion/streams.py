@@ -21,6 +21,7 @@ VAL_TIMESTEP, VAL_NOISE = 8, 9  # of a validation image: the same
 START = 10  # of a rank at a place in the run: dropout; see train_state.seed_rank
 SAMPLE = 11  # of an image drawn while training
 UP_NOISE, UP_CHAIN = 13, 14  # of an upsampled image, as NOISE and CHAIN: its input has those
+INPAINT_NOISE, INPAINT_CHAIN = 15, 16  # of an image that is drawn anew in part: the same
 LOW_RES = 12  # of a sample: the noise added to the small image that is upsampled
 
 
