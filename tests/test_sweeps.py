@@ -315,6 +315,18 @@ def test_guidance_sweep_reports_calls(programs, flags, capsys, tmp_path):
     assert programs.guidance_sweep.main([*flags, *options]) == 0 and drawn(programs) == []
 
 
+@pytest.mark.parametrize("by", ["published", "logsnr", "karras", "time"])
+def test_calls_are_counted_where_the_scripts_guide(programs, by):
+    """What is counted as guided agrees with the test that limits guidance while sampling."""
+    guiding = programs.guidance_sweep
+    noise_levels = guiding.NoiseLevels(guiding.create_gaussian_diffusion(noise_schedule="cosine"))
+    levels = guiding.levels_of("dpmpp_2m", 20, by)
+    told = torch.cat([noise_levels.network_timesteps(s, 1, torch.device("cpu")) for s in levels])
+    for low, high in ((0.0, 1.0), (0.2, 5.0), (levels[5], levels[2]), (5.0, 1e9), (0.0, 1e-9)):
+        where = guiding.Guidance("cfg", 2.0, low, high).where(levels)
+        assert list(where) == noise_levels.between(low, high)(told).tolist()
+
+
 # -- timing and mistakes ---------------------------------------------------------------------------
 
 
