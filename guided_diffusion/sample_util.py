@@ -8,7 +8,7 @@ import argparse
 import hashlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -112,7 +112,7 @@ def sampling(
         ValueError: if the folder holds samples of other flags.
     """
     chosen = base.labels if base else choose_classes(args) if hasattr(args, "classes") else None
-    takes_labels = args.class_cond or hasattr(args, "classifier_scale")
+    takes_labels = args.class_cond or (base is None and hasattr(args, "classifier_scale"))
     shape = (args.num_samples, size, size, args.in_channels)
     with (
         dist_util.process_group(args.device, args.dist_timeout),
@@ -178,6 +178,7 @@ def choose_sampler(
     model: nn.Module,
     diffusion: GaussianDiffusion,
     cond_fn: CondFn | None = None,
+    make: Callable[..., Sampler] = make_sampler,
 ) -> Sampler:
     """Make the sampler that the flags ask for, with the weaker network of --guide_model_path.
 
@@ -186,6 +187,7 @@ def choose_sampler(
         model: the network, on its device.
         diffusion: the process, respaced by --timestep_respacing.
         cond_fn: a guidance gradient, or None.
+        make: makes it of this, the weaker network and the device, as `make_sampler` does.
 
     Raises:
         ValueError: if the process has not as many steps as are wanted, or a file does not fit.
@@ -194,9 +196,7 @@ def choose_sampler(
     if args.guide_model_path:
         create, flags = CREATE[args.guide_kind], args.guide_flags | {"use_fp16": args.use_fp16}
         guide = _ready(create(**flags)[0], args.guide_model_path, args.use_fp16)
-    return make_sampler(
-        args, model, diffusion, cond_fn=cond_fn, guide=guide, device=dist_util.dev()
-    )
+    return make(args, model, diffusion, cond_fn=cond_fn, guide=guide, device=dist_util.dev())
 
 
 def draw_samples(

@@ -59,6 +59,35 @@ def make_sampler(
     Raises:
         ValueError: if the process has not as many steps as are wanted.
     """
+    loop, num_steps = _loop(args, diffusion)
+    return bound(
+        loop, num_steps, args, model, diffusion, cond_fn=cond_fn, guide=guide, device=device
+    )
+
+
+def bound(
+    loop: Callable[..., Iterator[Step]],
+    num_steps: int,
+    args: argparse.Namespace,
+    model: Denoiser,
+    diffusion: GaussianDiffusion,
+    *,
+    cond_fn: CondFn | None = None,
+    guide: Denoiser | None = None,
+    device: torch.device | str | None = None,
+) -> Sampler:
+    """Bind a loop to a network and to all that steers it.
+
+    Args:
+        loop: yields the steps of a batch, as `GaussianDiffusion.p_sample_loop_progressive`.
+        num_steps: how many.
+        args: as for `make_sampler`; so are the others.
+        model: see there.
+        diffusion: see there.
+        cond_fn: see there.
+        guide: see there.
+        device: see there.
+    """
     network = steered(args, model, diffusion, guide)
     if cond_fn is not None and getattr(args, "guidance_interval", ""):
         cond_fn = limited(cond_fn, _active(args, diffusion))
@@ -70,7 +99,6 @@ def make_sampler(
         }
         if cond_fn is not None and sampler_of(vars(args)) != "ancestral":  # which shifts the mean
             network, cond_fn = fold(diffusion, network, cond_fn), None
-    loop, num_steps = _loop(args, diffusion)
 
     def chain(shape: tuple[int, ...], noise_fn: NoiseFn, cond: Cond) -> Iterator[Step]:
         return loop(
@@ -116,16 +144,22 @@ def _loop(
     """Return what yields the steps of a batch, and their number."""
     name, levels = sampler_of(vars(args)), NoiseLevels(diffusion)
     if name in PUBLISHED_SAMPLERS:
-        process = diffusion
-        if getattr(args, "num_steps", 0):
-            chosen = levels.choose(args.num_steps, args.steps_by).astype(int)
-            process = respaced(diffusion, levels.timesteps[chosen])
+        process = shortened(args, diffusion)
         eta = {"eta": args.eta} if getattr(args, "eta", UNSET_ETA) != UNSET_ETA else {}
         return partial(getattr(process, LOOPS[name]), **eta), process.num_timesteps
     sigmas = solver_grid(args, diffusion)
     loop = partial(solver_sample_loop_progressive, diffusion)
     given = partial(loop, solver=name, sigmas=sigmas, **_solver_options(args, name, levels))
     return given, len(sigmas) - 1
+
+
+def shortened(args: argparse.Namespace, diffusion: GaussianDiffusion) -> GaussianDiffusion:
+    """Return the process with the steps of --num_steps, if that is given."""
+    if not getattr(args, "num_steps", 0):
+        return diffusion
+    levels = NoiseLevels(diffusion)
+    chosen = levels.choose(args.num_steps, args.steps_by).astype(int)
+    return respaced(diffusion, levels.timesteps[chosen])
 
 
 def solver_grid(args: argparse.Namespace, diffusion: GaussianDiffusion) -> Tensor:
