@@ -33,7 +33,9 @@ class NoiseLevels:
         sigmas: float64 [K], rising.
         timesteps: the timestep in the unspaced process of each, int64 [K].
         num_train_timesteps: the length T of the unspaced process.
-        scale: what a timestep is multiplied with before the network sees it (rescale_timesteps).
+        rescales: whether the network is told timesteps in 0..1000, whatever T is.
+        scale: what they are multiplied with for that.
+        mean_type: what the network predicts.
     """
 
     def __init__(self, process: GaussianDiffusion):
@@ -42,7 +44,8 @@ class NoiseLevels:
         count = process.num_timesteps
         self.timesteps = np.array(getattr(process, "timestep_map", range(count)))
         self.num_train_timesteps = getattr(process, "original_num_steps", count)
-        self.scale = 1000.0 / self.num_train_timesteps if process.rescale_timesteps else 1.0
+        self.rescales = process.rescale_timesteps
+        self.scale = 1000.0 / self.num_train_timesteps if self.rescales else 1.0
         self.mean_type = process.model_mean_type
         self._log_sigmas = np.log(self.sigmas)
 
@@ -63,7 +66,7 @@ class NoiseLevels:
         """Return what the network is told of a level, [count]: int64 if it is a whole timestep."""
         t = self.timestep_of(sigma)
         timesteps = torch.full((count,), t, device=device)  # int64 or float32, as t is
-        return timesteps if self.scale == 1 else timesteps.float() * self.scale
+        return timesteps.float() * self.scale if self.rescales else timesteps
 
     def sigma_of(self, t: Tensor) -> Tensor:
         """Return the level [N], in float64 on the CPU, of what the network is told, t [N]."""
@@ -145,7 +148,7 @@ class NoiseLevels:
                 f"so give 1 to {len(self)}"
             )
         rising = GRIDS[by](self, num_steps)[::-1]
-        return (rising if fractional else _distinct(rising, len(self)))[::-1]
+        return (rising if fractional else _distinct(rising))[::-1]
 
 
 def beside(values: Tensor, x: Tensor) -> Tensor:
@@ -195,12 +198,12 @@ def _indices_of(levels: NoiseLevels, log_sigmas: np.ndarray) -> np.ndarray:
     return np.interp(log_sigmas, levels._log_sigmas, np.arange(len(levels)))
 
 
-def _distinct(rising: np.ndarray, count: int) -> np.ndarray:
-    """Round rising indices to whole ones in 0..count-1, each of them another."""
+def _distinct(rising: np.ndarray) -> np.ndarray:
+    """Round rising indices to whole ones, each of them another, the last as far as it was."""
     steps = np.arange(len(rising))
-    spread = np.maximum.accumulate(np.rint(rising) - steps) + steps  # push those that coincide up
-    room = count - len(rising)
-    return np.minimum(spread - steps, room) + steps  # and back, where that passes the end
+    last = max(np.rint(rising[-1]), steps[-1])
+    spread = np.maximum.accumulate(np.rint(rising) - steps)  # push up those that coincide
+    return np.minimum(spread, last - steps[-1]) + steps  # and back, where that passes the end
 
 
 def respaced(process: SpacedDiffusion, timesteps: Sequence[int]) -> SpacedDiffusion:
