@@ -12,8 +12,7 @@ Counted are those of convolutions, linear layers and attention; all others are a
 
 import argparse
 import shlex
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
@@ -22,20 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from . import checkpoints, config, dist_util, script_util, trained_flags
-from .blocks import ATTENTION_BACKENDS
 from .fp16_util import MixedPrecisionTrainer
 from .guidance import classifier_guidance
 from .losses import classifier_losses
+from .metering import count_flops, peak_memory
 from .presets import PRESETS
+from .samplers import call_levels, is_guided, steered
+from .sampling_flags import sampler_of
 from .script_util import CREATE
 
 META = torch.device("meta")
+WEAKER = "weaker network"
 WORK = "within a step, at most"  # activations and gradients on their way, or the optimizer's work
 
 
@@ -46,19 +44,19 @@ class Estimate:
     Attributes:
         parameters: network -> number of its parameters.
         flops: what is done with an image -> its FLOPs.
-        repeats: how often all that is done with one image.
+        repeats: how often that is done with one image, by the same names.
         memory: what a process keeps -> bytes.
     """
 
     parameters: dict[str, int]
     flops: dict[str, int]
-    repeats: int
+    repeats: dict[str, int]
     memory: dict[str, int]
 
     @property
     def image_flops(self) -> int:
         """The FLOPs of one image: drawn, scored or trained on once."""
-        return self.repeats * sum(self.flops.values())
+        return sum(self.repeats[name] * flops for name, flops in self.flops.items())
 
 
 def dry_run(args: argparse.Namespace, kind: str = "diffusion model", chains: int = 1) -> None:
@@ -90,80 +88,7 @@ def _is_training(args: argparse.Namespace) -> bool:
 
 
 # --------------------------------------------------------------------------------------------
-# Counting
-
-
-class Meter(TorchDispatchMode):
-    """Counts operations and follows the memory of the tensors that are made within the block.
-
-    Tensors that share their memory count once, and those from before the block not at all.
-
-    Attributes:
-        flops: operations so far.
-        live: bytes in use now.
-        peak: the most bytes that ever were in use.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.flops = self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: D105
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
-        known = {storage._cdata for storage in _storages((args, kwargs))}
-        for storage in _storages(out):
-            if storage._cdata not in known:  # else a view, or changed in place
-                known.add(storage._cdata)
-                self._add(storage.nbytes())
-                weakref.finalize(storage, self._add, -storage.nbytes()).atexit = False
-        return out
-
-    def _add(self, nbytes: int) -> None:
-        self.live += nbytes
-        self.peak = max(self.peak, self.live)
-
-
-def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
-    """Yield the memory of each tensor in nested tuples, lists and dicts."""
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, Tensor):
-            yield leaf.untyped_storage()
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Makes attention one operation on the meta device, too, which has no such kernel."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: D105
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
-        return func(*args, **(kwargs or {}))
-
-
-def count_flops(call: Callable[[], Any], *networks: nn.Module) -> int:
-    """Return the FLOPs of `call()`, which may use `networks`."""
-    return _measure(call, networks, attention="math").flops  # matrix products have formulas
-
-
-def peak_memory(call: Callable[[], Any], *networks: nn.Module) -> int:
-    """Return the most bytes that tensors made by `call()`, which may use `networks`, have."""
-    # Not in a context around the call: that does not hold where a block is recomputed.
-    kept = ATTENTION_BACKENDS["auto"]
-    ATTENTION_BACKENDS["auto"] = _FusedAttention
-    try:
-        return _measure(call, networks, attention="auto").peak
-    finally:
-        ATTENTION_BACKENDS["auto"] = kept
-
-
-def _measure(call: Callable[[], Any], networks: Iterable[nn.Module], attention: str) -> Meter:
-    for network in networks:
-        network.set_attention_backend(attention)
-    with Meter() as meter:
-        call()
-    return meter
+# Networks
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
@@ -239,32 +164,61 @@ def _to_half(args: argparse.Namespace, network: nn.Module, use_fp16: bool) -> No
 def _estimate_sampling(args: argparse.Namespace, kind: str, chains: int) -> Estimate:
     """Estimate what taking images through the steps of a process needs."""
     model, process = _create(args, kind)
-    _to_half(args, model.eval(), args.use_fp16)
-    networks, guide = {kind: model}, None
-    if _is_guided(args):
-        networks["classifier"] = classifier = _create_classifier(args)
-        _to_half(args, classifier, args.classifier_use_fp16)
-        guide = classifier_guidance(classifier, args.classifier_scale)
-
-    def predict(x: Tensor, t: Tensor, y: Tensor | None = None, **cond: Tensor) -> Tensor:
-        return model(x, t, **cond, **({"y": y} if args.class_cond else {}))
+    networks, cond_fn = {kind: model} | _create_guides(args, kind), None
+    for name, network in networks.items():
+        half = args.classifier_use_fp16 if name == "classifier" else args.use_fp16
+        _to_half(args, network.eval(), half)
+    if "classifier" in networks:
+        cond_fn = classifier_guidance(networks["classifier"], args.classifier_scale)
+    everywhere = argparse.Namespace(**vars(args) | {"guidance_interval": ""})
+    predict = steered(everywhere, model, process, networks.get(WEAKER))
 
     def step() -> Any:
         x, t, cond = _inputs(args, kind, args.batch_size)
-        take = process.ddim_sample if getattr(args, "use_ddim", False) else process.p_sample
-        return take(predict, x, t, args.clip_denoised, cond_fn=guide, model_kwargs=cond)
+        take = process.p_sample if sampler_of(vars(args)) == "ancestral" else process.ddim_sample
+        return take(predict, x, t, args.clip_denoised, cond_fn=cond_fn, model_kwargs=cond)
 
-    x, t, cond = _inputs(args, kind, 1)
-    flops = {f"{kind}, one call": count_flops(lambda: predict(x, t, **cond), model)}
-    if guide:
-        name = "classifier, forward and backward"
-        flops[name] = count_flops(lambda: guide(x, t, **cond), classifier)
+    flops, repeats = _count_calls(args, process, networks, cond_fn)
     memory = {f"weights, {name}": _nbytes(net.parameters()) for name, net in networks.items()}
     if args.use_bf16:  # autocast keeps them to its end, but not those of the frozen classifier
         memory["weights in bfloat16"] = sum(2 * _num_params(layer) for layer in _narrowed(model))
     memory[WORK] = peak_memory(step, *networks.values())
     counts = {name: _num_params(network) for name, network in networks.items()}
-    return Estimate(counts, flops, chains * process.num_timesteps, memory)
+    return Estimate(counts, flops, {name: chains * n for name, n in repeats.items()}, memory)
+
+
+def _create_guides(args: argparse.Namespace, kind: str) -> dict[str, nn.Module]:
+    """Build the networks that steer, without content, by name."""
+    guides = {}
+    if getattr(args, "classifier_scale", 0):
+        guides["classifier"] = _create_classifier(args)
+    if getattr(args, "guide_model_path", ""):
+        with META:
+            guides[WEAKER] = CREATE[kind](**args.guide_flags)[0]
+    return guides
+
+
+def _count_calls(
+    args: argparse.Namespace, process: Any, networks: dict[str, nn.Module], cond_fn: Any
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the FLOPs of one call of each network, and how often an image needs it."""
+    kind, model = next(iter(networks.items()))
+    x, t, cond = _inputs(args, kind, 1)
+    own = {n: value for n, value in cond.items() if n != "y" or args.class_cond}
+    levels = call_levels(args, process)
+    guided = sum(is_guided(args, sigma) for sigma in levels)
+    twice = guided if getattr(args, "cfg_scale", 1) != 1 else 0
+    flops = {f"{kind}, one call": count_flops(lambda: model(x, t, **own), model)}
+    repeats = {f"{kind}, one call": len(levels) + twice}
+    if WEAKER in networks:
+        weaker, name = networks[WEAKER], f"{WEAKER}, one call"
+        flops[name] = count_flops(lambda: weaker(x, t, **own), weaker)
+        repeats[name] = guided
+    if cond_fn is not None:
+        name = "classifier, forward and backward"
+        flops[name] = count_flops(lambda: cond_fn(x, t, **cond), networks["classifier"])
+        repeats[name] = guided
+    return flops, repeats
 
 
 # --------------------------------------------------------------------------------------------
@@ -310,7 +264,8 @@ def _estimate_training(args: argparse.Namespace, kind: str) -> Estimate:
     both = count_flops(lambda: loss(1, 1).backward(), model)
     kept = _kept_in_training(args, trainer, opt)
     memory = kept | {WORK: peak_memory(step, model)}
-    return Estimate({kind: count}, {"forward": forward, "backward": both - forward}, 1, memory)
+    flops = {"forward": forward, "backward": both - forward}
+    return Estimate({kind: count}, flops, dict.fromkeys(flops, 1), memory)
 
 
 def _kept_in_training(
@@ -391,10 +346,18 @@ def _tell_needs(args: argparse.Namespace, needs: Estimate) -> Iterator[str]:
         step = needs.image_flops * args.batch_size
         yield _row(f"a step of --batch_size {args.batch_size}", *_giga(step))
     else:
-        calls = " + ".join(_giga(flops)[0] for flops in needs.flops.values())
-        calls = f"({calls})" if "+" in calls else calls
-        yield _row(f"an image, {needs.repeats} x {calls}", *_giga(needs.image_flops))
+        yield _row(f"an image, {_sum_of_calls(needs)}", *_giga(needs.image_flops))
     yield from _tell_memory(args, needs)
+
+
+def _sum_of_calls(needs: Estimate) -> str:
+    """Return how the operations of an image add up, such as "50 x (0.516 + 0.383)"."""
+    calls = {name: _giga(flops)[0] for name, flops in needs.flops.items()}
+    if len(set(needs.repeats.values())) > 1:
+        return " + ".join(f"{needs.repeats[name]} x {call}" for name, call in calls.items())
+    together = " + ".join(calls.values())
+    together = f"({together})" if "+" in together else together
+    return f"{next(iter(needs.repeats.values()))} x {together}"
 
 
 def _tell_memory(args: argparse.Namespace, needs: Estimate) -> Iterator[str]:

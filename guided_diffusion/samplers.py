@@ -1,6 +1,7 @@
 """From flags to a sampler: which steps, by which solver, steered by what."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from .noise_levels import NoiseLevels, respaced
 from .sampling import Cond, CondFn, Denoiser, NoiseFn, Step
 from .sampling_flags import ONLY_FOR, PUBLISHED_SAMPLERS, sampler_of
 from .solver_sampling import solver_sample_loop_progressive
+from .solvers import SOLVERS
 
 LOOPS = {"ancestral": "p_sample_loop_progressive", "ddim": "ddim_sample_loop_progressive"}
 # Options of the solvers that have another name as flags.
@@ -136,6 +138,34 @@ def _without_labels(model: Denoiser, x: Tensor, t: Tensor, y: Any = None, **cond
 
 def _active(args: argparse.Namespace, diffusion: GaussianDiffusion) -> Callable[[Tensor], Tensor]:
     return NoiseLevels(diffusion).between(*read_interval(args.guidance_interval))
+
+
+def call_levels(args: argparse.Namespace, diffusion: GaussianDiffusion) -> list[float]:
+    """Return the noise level of each call of the network that an image takes, in order.
+
+    Args:
+        args: as for `make_sampler`.
+        diffusion: the process, respaced by --timestep_respacing.
+    """
+    loop, _ = _loop(args, diffusion)
+    if sampler_of(vars(args)) in PUBLISHED_SAMPLERS:
+        return NoiseLevels(loop.func.__self__).sigmas[::-1].tolist()
+    sigmas, seen = loop.keywords["sigmas"], []
+    options = {n: v for n, v in loop.keywords.items() if n not in ("solver", "sigmas")}
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        seen.append(float(sigma))
+        return x
+
+    point = torch.zeros(1, device="cpu")
+    SOLVERS[sampler_of(vars(args))](denoise, point, sigmas, noise=torch.zeros_like, **options)
+    return seen
+
+
+def is_guided(args: argparse.Namespace, sigma: float) -> bool:
+    """Tell whether a level is within --guidance_interval, if one is given."""
+    low, high = read_interval(getattr(args, "guidance_interval", "")) or (0.0, math.inf)
+    return low < sigma <= high
 
 
 def _loop(

@@ -21,16 +21,10 @@ from torch import nn
 
 from guided_diffusion import config, trained_flags
 from guided_diffusion.blocks import AttentionBlock, QKVAttention
-from guided_diffusion.estimates import (
-    WORK,
-    Meter,
-    count_flops,
-    dry_run,
-    estimate,
-    peak_memory,
-)
+from guided_diffusion.estimates import WORK, dry_run, estimate
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.losses import classifier_losses
+from guided_diffusion.metering import Meter, count_flops, peak_memory
 from guided_diffusion.script_util import CREATE
 
 FASHION = ROOT / "models" / "fashion"
