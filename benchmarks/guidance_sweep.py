@@ -252,7 +252,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cfg", default="1,1.25,1.5,2,3", help="scales without a classifier; 1 is none")
     add("--autoguidance", default="1,1.5,2,3", help="scales of autoguidance; 1 is none")
     add("--sigmas", default="0.2,0.5,1,2,5,10,40", help="ends of intervals to try; '' for none")
-    add("--sampler", default="dpmpp_2m", help=f"one of {', '.join(SAMPLERS)}")
+    add("--sampler", default="dpmpp_2m_sde", help=f"one of {', '.join(SAMPLERS)}")
     add("--calls", type=positive, default=20, help="of the network, without guidance")
     add_flags(parser, "runs/guidance_sweep")
     return parser.parse_args(argv)

@@ -44,6 +44,7 @@ from sweeping import (
 from tqdm import tqdm
 
 from guided_diffusion import checkpoints
+from guided_diffusion.sampling_flags import PUBLISHED_SAMPLERS
 
 ORDERS = {"unipc2": ("unipc", 2), "unipc3": ("unipc", 3)}  # one sampler at two orders
 SAMPLERS = [
@@ -75,8 +76,9 @@ def num_calls(sampler: str, steps: int) -> int:
 
 
 def plan(sampler: str, calls: int, num_samples: int, steps_by: str) -> Drawing:
-    """Return the set of a sampler at a number of calls."""
+    """Return the set of a sampler at a number of calls; the published two keep their own steps."""
     name, order = ORDERS.get(sampler, (sampler, None))
+    steps_by = "published" if name in PUBLISHED_SAMPLERS else steps_by
     steps = num_steps(sampler, calls)
     return Drawing(
         f"{sampler}_{calls}_{steps_by}",

@@ -59,7 +59,7 @@ def add_flags(parser: argparse.ArgumentParser, out: str) -> None:
     add("--batch_size", type=positive, default=50, help="images at once")
     add("--seed", type=int, default=0, help="seed of labels and noise")
     add("--bf16", action="store_true", help="compute in bfloat16")
-    add("--steps_by", default="published", choices=GRIDS, help="how the steps are spread")
+    add("--steps_by", default="logsnr", choices=GRIDS, help="how solvers spread their steps")
     add("--workers", type=positive, default=1, help="sets to draw at once, on a thread each")
     add("--judge", type=Path, default=fc.JUDGE, help="file of the judge")
     add("--test_dir", type=Path, default=Path("data/fashion_mnist/test"), help="real test images")
