@@ -48,22 +48,29 @@ def classifier_guidance(classifier: nn.Module, scale: float) -> CondFn:
 
 
 def estimate_guidance(
-    process: Any, model: Denoiser, gradient_fn: Callable[[Tensor], Tensor]
+    process: Any,
+    model: Denoiser,
+    gradient_fn: Callable[[Tensor, Tensor], Tensor],
+    clip_denoised: bool = True,
 ) -> CondFn:
     """Steer by what is wanted of the clean image: inverse problems (DPS, Chung et al. 2023).
 
-    p(measurement | x_t) is taken to be p(measurement | x_start(x_t)), the likelihood of the
-    network's estimate, whose gradient passes back through the network. So a step has two calls
-    more, one of them backward.
+    p(measurement | x_t) is taken to be a likelihood of the network's estimate of x_start, whose
+    gradient passes back through the network. So a step has two calls more, one of them backward.
+    examples/inverse_problem.py shows it at work.
 
     Args:
         process: the diffusion process, respaced or not.
         model: the network; its weights get no gradient.
-        gradient_fn: x_start [N, C, ...] -> the gradient of log p(measurement | x_start) with
-            respect to it, of the same shape and times whatever scale is wanted.
+        gradient_fn: (x_start [N, C, ...], sigma [N, 1, ...]) -> the gradient of
+            log p(measurement | x_start) with respect to x_start, of the same shape and times
+            whatever scale is wanted. The estimate is the less certain, the larger sigma is.
+        clip_denoised: limit the estimate to [-1, 1]; what is beyond passes no gradient on. In
+            strong noise an estimate that is not limited may be off by thousands.
 
     Returns:
-        a function (x_t, t, **cond) -> [N, C, ...], to be given as `cond_fn`.
+        a function (x_t, t, **cond) -> [N, C, ...], to be given as `cond_fn`; see `limited` to
+        leave out the strongest noise.
     """
     levels = NoiseLevels(process)
 
@@ -72,7 +79,9 @@ def estimate_guidance(
             x_in = x.detach().requires_grad_(True)
             sigma = beside(levels.sigma_of(t), x_in)
             x_start = levels.x_start(model(x_in, t, **cond), x_in, sigma)
-            return torch.autograd.grad(x_start, x_in, gradient_fn(x_start.detach()))[0]
+            if clip_denoised:
+                x_start = x_start.clamp(-1, 1)
+            return torch.autograd.grad(x_start, x_in, gradient_fn(x_start.detach(), sigma))[0]
 
     return cond_fn
 

@@ -222,12 +222,14 @@ def test_the_gradient_of_an_estimate_passes_through_the_network():
     model = Counted(0.7)
     seen = []
 
-    def gradient_fn(x_start):
-        seen.append(x_start)
+    def gradient_fn(x_start, sigma):
+        seen.extend([x_start, sigma])
         return 2 * x_start
 
-    found = estimate_guidance(process, model, gradient_fn)(X, T, y=Y)
+    found = estimate_guidance(process, model, gradient_fn, clip_denoised=False)(X, T, y=Y)
     torch.testing.assert_close(seen[0], Counted(0.7)(X, T, y=Y))
+    levels = NoiseLevels(process).sigma_of(T).float()
+    torch.testing.assert_close(seen[1], levels.view(-1, *[1] * (X.ndim - 1)))
     assert not seen[0].requires_grad and not found.requires_grad
     torch.testing.assert_close(found, 0.7 * 2 * seen[0])
 
@@ -237,10 +239,22 @@ def test_the_estimate_of_a_network_that_predicts_noise():
     process, t = make(), torch.tensor([2, 15])
     x, seen = torch.randn(2, 3, 4, 4), []
 
-    def gradient_fn(x_start):
+    def gradient_fn(x_start, sigma):
         seen.append(x_start)
         return torch.zeros_like(x_start)
 
-    assert not estimate_guidance(process, network(), gradient_fn)(x, t).any()
-    expected = process.p_mean_variance(network(), x, t, clip_denoised=False)["pred_xstart"]
-    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4)
+    for clip in (False, True):
+        assert not estimate_guidance(process, network(), gradient_fn, clip)(x, t).any()
+        expected = process.p_mean_variance(network(), x, t, clip_denoised=clip)["pred_xstart"]
+        torch.testing.assert_close(seen.pop(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pixel_of_an_estimate_beyond_the_range_passes_no_gradient():
+    """It is limited to [-1, 1] before it is compared with a measurement."""
+    x = torch.tensor([-3.0, -0.5, 0.5, 3.0]).view(1, 1, 2, 2)
+    steer = estimate_guidance(
+        make(mean="START_X"), Counted(0.7), lambda x_start, _: 1 + 0 * x_start
+    )
+    found = steer(x, torch.tensor([3]), y=torch.tensor([0]))
+    assert found[0, 0, 0, 0] == found[0, 0, 1, 1] == 0
+    assert (found[0, 0, 0, 1] != 0) and (found[0, 0, 1, 0] != 0)
