@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from garment_scores import Scores
-from solver_sweep import SAMPLERS, num_steps, plan
+from solver_sweep import SAMPLERS, plan
 from sweeping import (
     SHOWN,
     Drawing,
@@ -35,8 +35,8 @@ from sweeping import (
     shown,
 )
 
-from guided_diffusion import checkpoints
-from guided_diffusion.noise_levels import NoiseLevels
+from guided_diffusion import checkpoints, config
+from guided_diffusion.samplers import call_levels
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 MODELS = Path(__file__).resolve().parent.parent / "models" / "fashion"
@@ -95,9 +95,10 @@ def levels_of(sampler: str, calls: int, steps_by: str) -> list[float]:
     process = create_gaussian_diffusion(
         steps=flags["diffusion_steps"], noise_schedule=flags["noise_schedule"]
     )
-    grid = NoiseLevels(process).grid(num_steps(sampler, calls), steps_by)[:-1].tolist()
-    # Heun's method calls it at both ends of a step, PLMS at both ends of the first one.
-    return grid + grid[1:] * (sampler == "heun") + grid[1:2] * (sampler == "plms")
+    steps = plan(sampler, calls, 1, steps_by).flags
+    return call_levels(
+        config.parse_flags(None, config.SampleConfig, config.StepsConfig, argv=steps), process
+    )
 
 
 def plan_guided(guidance: Guidance, args: argparse.Namespace, levels: list[float]) -> Drawing:
@@ -249,9 +250,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--kinds", default=",".join(KINDS), help="of guidance, commas between")
     add("--classifier", default="0,0.5,1,2,4", help="scales of classifier guidance; 0 is none")
-    add("--cfg", default="1,1.25,1.5,2,3", help="scales without a classifier; 1 is none")
+    add("--cfg", default="1,1.5,2,3", help="scales without a classifier; 1 is none")
     add("--autoguidance", default="1,1.5,2,3", help="scales of autoguidance; 1 is none")
-    add("--sigmas", default="0.2,0.5,1,2,5,10,40", help="ends of intervals to try; '' for none")
+    add("--sigmas", default="0.3,1,3,10", help="ends of intervals to try; '' for none")
     add("--sampler", default="dpmpp_2m_sde", help=f"one of {', '.join(SAMPLERS)}")
     add("--calls", type=positive, default=20, help="of the network, without guidance")
     add_flags(parser, "runs/guidance_sweep")

@@ -13,6 +13,8 @@ import torch
 from launching import ROOT
 from PIL import Image
 
+from guided_diffusion.noise_levels import NoiseLevels
+
 SCRIPT = """
 import json, os, sys, time
 import numpy as np
@@ -320,7 +322,7 @@ def test_guidance_sweep_reports_calls(programs, flags, capsys, tmp_path):
 def test_calls_are_counted_where_the_scripts_guide(programs, by):
     """What is counted as guided agrees with the test that limits guidance while sampling."""
     guiding = programs.guidance_sweep
-    noise_levels = guiding.NoiseLevels(guiding.create_gaussian_diffusion(noise_schedule="cosine"))
+    noise_levels = NoiseLevels(guiding.create_gaussian_diffusion(noise_schedule="cosine"))
     levels = guiding.levels_of("dpmpp_2m", 20, by)
     told = torch.cat([noise_levels.network_timesteps(s, 1, torch.device("cpu")) for s in levels])
     for low, high in ((0.0, 1.0), (0.2, 5.0), (levels[5], levels[2]), (5.0, 1e9), (0.0, 1e-9)):
