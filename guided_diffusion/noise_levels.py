@@ -32,29 +32,29 @@ class NoiseLevels:
     Attributes:
         sigmas: float64 [K], rising.
         timesteps: the timestep in the unspaced process of each, int64 [K].
-        num_train_timesteps: the length T of the unspaced process.
         rescales: whether the network is told timesteps in 0..1000, whatever T is.
         scale: what they are multiplied with for that.
         mean_type: what the network predicts.
     """
 
     def __init__(self, process: GaussianDiffusion):
-        a_t = process.alphas_cumprod
-        self.sigmas = np.sqrt((1.0 - a_t) / a_t)
-        count = process.num_timesteps
-        self.timesteps = np.array(getattr(process, "timestep_map", range(count)))
-        self.num_train_timesteps = getattr(process, "original_num_steps", count)
+        trained = _sigmas(getattr(process, "original_alphas_cumprod", process.alphas_cumprod))
+        self.timesteps = np.array(getattr(process, "timestep_map", range(process.num_timesteps)))
+        self.sigmas = trained[self.timesteps]
         self.rescales = process.rescale_timesteps
-        self.scale = 1000.0 / self.num_train_timesteps if self.rescales else 1.0
+        self.scale = 1000.0 / len(trained) if self.rescales else 1.0
         self.mean_type = process.model_mean_type
         self._log_sigmas = np.log(self.sigmas)
+        self._trained = np.arange(len(trained)), np.log(trained)
+        self._lowest, self._highest = trained[0], trained[-1]
 
     def __len__(self) -> int:
         return len(self.sigmas)
 
     def timestep_of(self, sigma: float) -> float:
         """Return the timestep of a level, fractional between two of them, clipped at the ends."""
-        t = float(np.interp(math.log(sigma), self._log_sigmas, self.timesteps))
+        timesteps, log_sigmas = self._trained
+        t = float(np.interp(math.log(sigma), log_sigmas, timesteps))
         return round(t) if abs(t - round(t)) < ROUNDING else t
 
     def round(self, sigma: float) -> float:
@@ -71,7 +71,7 @@ class NoiseLevels:
     def sigma_of(self, t: Tensor) -> Tensor:
         """Return the level [N], in float64 on the CPU, of what the network is told, t [N]."""
         timesteps = t.detach().cpu().double().numpy() / self.scale
-        return torch.from_numpy(np.exp(np.interp(timesteps, self.timesteps, self._log_sigmas)))
+        return torch.from_numpy(np.exp(np.interp(timesteps, *self._trained)))
 
     def x_start(self, output: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
         """Return the clean image that the network's output means.
@@ -116,9 +116,9 @@ class NoiseLevels:
 
     def _bound(self, sigma: float) -> float:
         """Return the timestep of a level as the network is told; infinite beyond the ends."""
-        if sigma < self.sigmas[0]:
+        if sigma < self._lowest:
             return -math.inf
-        return math.inf if sigma > self.sigmas[-1] else self.timestep_of(sigma) * self.scale
+        return math.inf if sigma > self._highest else self.timestep_of(sigma) * self.scale
 
     def grid(self, num_steps: int, by: str = "published", fractional: bool = False) -> np.ndarray:
         """Choose the levels of a chain: float64 [num_steps + 1], falling, the last of them 0.
@@ -149,6 +149,10 @@ class NoiseLevels:
             )
         rising = GRIDS[by](self, num_steps)[::-1]
         return (rising if fractional else _distinct(rising))[::-1]
+
+
+def _sigmas(alphas_cumprod: np.ndarray) -> np.ndarray:
+    return np.sqrt((1.0 - alphas_cumprod) / alphas_cumprod)
 
 
 def beside(values: Tensor, x: Tensor) -> Tensor:

@@ -105,7 +105,8 @@ class SpacedDiffusion(GaussianDiffusion):
                 f"got {self.timestep_map[:1]}..{self.timestep_map[-1:]}"
             )
         # q(x_t | x_0) depends on alphas_cumprod alone: keep its entries, derive the betas.
-        a_t = np.cumprod(1.0 - np.array(kwargs["betas"], dtype=np.float64))[self.timestep_map]
+        self.original_alphas_cumprod = np.cumprod(1.0 - np.array(kwargs["betas"], dtype=np.float64))
+        a_t = self.original_alphas_cumprod[self.timestep_map]
         kwargs["betas"] = 1 - a_t / np.append(1.0, a_t[:-1])
         super().__init__(**kwargs)
 

@@ -2,7 +2,7 @@
 
 All work on x = x_start + sigma * noise and ask `denoise(x, sigma)` for the expected clean image, so
 none knows what the network predicts, how it is guided, or where the levels come from. The exact way
-from one level to the next (DPM-Solver++, eq. 8; here alpha = 1 and lambda = -log sigma) is
+from one level to the next (DPM-Solver++, proposition 4.1; here alpha = 1, lambda = -log sigma) is
 
     x' = (sigma' / sigma) x + integral of exp(lambda - lambda') x_start(lambda) d lambda
 
@@ -107,7 +107,7 @@ ADAMS_BASHFORTH = [
 
 
 def _ipndm(at: Stage) -> Taken:
-    """Combine the slopes of up to four points, as many as there are (PNDM, eq. 12)."""
+    """Combine the slopes of up to four points, as many as there are (PNDM, section 3.3)."""
     here = at.look()
     slopes = [point.eps for point in (here, *at.past)]
     weights = ADAMS_BASHFORTH[len(slopes) - 1]
@@ -118,7 +118,7 @@ def _ipndm(at: Stage) -> Taken:
 def _plms(at: Stage) -> Taken:
     """As iPNDM, but the first step is Heun's, of second order, with two calls.
 
-    The pseudo linear multistep method (PNDM, section 3.3), as latent diffusion made it known.
+    The pseudo linear multistep method (Liu et al. 2022), as latent diffusion made it known.
     """
     return _ipndm(at) if at.past else _heun(at)
 
@@ -218,7 +218,7 @@ def _multistep(
 
 
 def _unipc(at: Stage, order: int = 2) -> Taken:
-    """Correct the sample by what the network sees from it, then predict the next (UniPC, alg. 1).
+    """Correct the sample by what the network sees there, then predict the next (UniPC, section 3).
 
     The correction repeats the last step with its end as a further point, and costs no call. Before
     the level 0 the order falls, as it does in the step to it.
