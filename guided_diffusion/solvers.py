@@ -229,8 +229,7 @@ def _unipc(at: Stage, order: int = 2) -> Taken:
     """
     here, past = at.look(), at.past
     if past:
-        degree = int(min(order, len(past), at.left + 1))
-        x = _integrate(past[0], at.sigma, [*past[1:degree], here])
+        x = _integrate(past[0], at.sigma, [*past[1:order], here])
         here = Point(at.sigma, x, here.x_start)
     degree = int(min(order, len(past) + 1, at.left))
     return here, _integrate(here, at.after, past[: degree - 1])
