@@ -101,6 +101,11 @@ def load(timestep_respacing: str) -> tuple[torch.nn.Module, Any]:
     return model.eval().requires_grad_(False), process
 
 
+def of_no_class(count: int) -> dict[str, Any]:
+    """Return the options of a chain of so many images whose class is not told."""
+    return {"model_kwargs": {"y": torch.full((count,), NO_CLASS)}, "progress": True}
+
+
 def report(results: dict[str, Tensor], truth: Tensor, y: Tensor) -> None:
     """Print root mean square errors, where pixels range over [-1, 1]."""
     print(f"{'':<28}{'from the measurement':>22}{'from the truth':>18}")
@@ -114,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--solver", default="dpmpp_2m_sde", choices=sorted(SOLVERS))
     parser.add_argument("--steps", type=int, default=50, help="of each chain")
+    parser.add_argument("--draws", type=int, default=1, help="by the solver; their mean is shown")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="inverse_problem.png", help="the picture")
     args = parser.parse_args()
@@ -121,20 +127,25 @@ def main() -> None:
     _, whole = load("")
     torch.manual_seed(args.seed)
     labels = torch.arange(8)  # one garment of each of eight classes
-    unknown = {"model_kwargs": {"y": torch.full_like(labels, NO_CLASS)}, "progress": True}
 
     print("drawing the truth, and garments that have nothing to do with it")
     shape = (len(labels), 1, 28, 28)
     truth = process.p_sample_loop(model, shape, model_kwargs={"y": labels}, progress=True)
-    unguided = process.p_sample_loop(model, shape, **unknown)
+    unguided = process.p_sample_loop(model, shape, **of_no_class(len(labels)))
     y = measure(truth) + NOISE * torch.randn(len(labels), 1, 7, 7)
     print(f"reconstructing by {args.steps} ancestral steps, then by {args.solver}")
     results = {
         "the measurement, enlarged": spread(y) * BLOCK**2,
         "an unguided draw": unguided,
-        "ancestral steps": by_steps(process, model, y, NOISE, **unknown),
-        args.solver: by_solver(whole, model, y, NOISE, args.solver, args.steps, **unknown),
+        "ancestral steps": by_steps(process, model, y, NOISE, **of_no_class(len(y))),
     }
+    many = y.repeat(args.draws, 1, 1, 1)
+    drawn = by_solver(
+        whole, model, many, NOISE, args.solver, args.steps, **of_no_class(len(many))
+    ).chunk(args.draws)
+    results[args.solver] = drawn[0]
+    if args.draws > 1:
+        results[f"mean of {args.draws} of these"] = torch.stack(drawn).mean(dim=0)
     report(results, truth, y)
     rows = [to_uint8(x) for x in [truth, *results.values()]]
     out = os.path.abspath(args.out)
