@@ -1,15 +1,30 @@
-"""Distances between two sets of images, computed on the features that a network sees in them.
+"""Scores of a set of images, computed on what a network sees in them, mostly against real ones.
 
 Frechet distance (Heusel et al. 2017, arXiv:1706.08500): how far apart two Gaussians are that have
-the means and covariances of the features. Precision and recall (Kynkaanniemi et al. 2019,
-arXiv:1904.06991): how many samples look real, and how much of the real variety they cover.
+the means and covariances of the features. Kernel distance (Binkowski et al. 2018,
+arXiv:1801.01401): the same for all moments up to the third. Inception Score (Salimans et al. 2016,
+arXiv:1606.03498): how sure a classifier is of each image, and how various its answers are.
+Precision, recall, density and coverage are in neighbours.py, and can be had from here.
 Pure functions on arrays, in float64: they neither read files nor print.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
+
+from .moments import Moments
+from .neighbours import density_coverage, precision_recall
+from .tables import ROWS, check_same_width, check_table, count_broken
+
+__all__ = [
+    "density_coverage",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "mean_and_covariance",
+    "precision_recall",
+]
 
 
 def mean_and_covariance(features: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -18,10 +33,11 @@ def mean_and_covariance(features: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: they are no table of finite numbers with two rows or more.
     """
-    features = _table(features, "features", min_rows=2)
-    mu = features.mean(axis=0)
-    centred = features - mu
-    return mu, centred.T @ centred / (len(features) - 1)
+    features = check_table(features, "features", min_rows=2)
+    moments = Moments(features.shape[1])
+    for rows in _blocks(features):
+        moments.add(rows)
+    return moments.mean, moments.covariance()
 
 
 def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: ArrayLike) -> float:
@@ -45,7 +61,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
         )
     for name, array in zip(arrays, (mu1, sigma1, mu2, sigma2), strict=True):
         if not np.isfinite(array).all():
-            raise ValueError(f"{name} has {_count_broken(array)} values that are not finite")
+            raise ValueError(f"{name} has {count_broken(array)} values that are not finite")
     roots = np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False)
     traces = np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum()
     return max(0.0, float(np.square(mu1 - mu2).sum() + traces))  # rounding may go below 0
@@ -57,81 +73,76 @@ def _factor(sigma: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(eigenvalues.clip(min=0))  # those below 0 are rounding
 
 
-def precision_recall(
-    reference: ArrayLike, sample: ArrayLike, k: int = 3, block_size: int = 1024
-) -> tuple[float, float]:
-    """Return improved precision and recall of features `sample` [M, D] against [N, D].
+def inception_score(probabilities: ArrayLike, split_size: int = 5000) -> float:
+    """Return the Inception Score of class probabilities [N, C]: 1 at worst, C at best.
 
-    Each point owns a ball that reaches to its k-th nearest neighbour in its own set. Precision is
-    the share of samples within some ball of the reference, recall the share of the reference
-    within some ball of the samples (arXiv:1904.06991, eq. 1 and 2).
+    It is exp of the mean divergence of an image's classes from those of all images of its split,
+    averaged over splits in the order of the images. The last split may be shorter.
+
+    Args:
+        probabilities: each row sums up to 1.
+        split_size: images in a split.
+
+    Raises:
+        ValueError: they are no table of probabilities, or a split has no image.
+    """
+    if split_size < 1:
+        raise ValueError(f"split_size must be at least 1, got {split_size}")
+    probabilities = check_table(probabilities, "probabilities")
+    return float(np.mean([_score(split) for split in _blocks(probabilities, split_size)]))
+
+
+def _score(split: np.ndarray) -> float:
+    """Return the Inception Score of class probabilities [n, C] of one split."""
+    split = split.astype(np.float64)
+    if split.min() < 0 or not np.allclose(split.sum(axis=1), 1, rtol=0, atol=1e-3):
+        raise ValueError("probabilities must not be below 0, and each row must sum up to 1")
+    ratio = np.divide(split, split.mean(axis=0), out=np.ones_like(split), where=split > 0)
+    return np.exp((split * np.log(ratio)).sum() / len(split))
+
+
+def kernel_distance(reference: ArrayLike, sample: ArrayLike, block_size: int = ROWS) -> float:
+    """Return the kernel distance, known as KID, of features `sample` [M, D] to [N, D].
+
+    It is the unbiased estimate of the squared maximum mean discrepancy under the kernel
+    (x y / D + 1)^3, so it may fall below 0. All pairs count, where others average over random
+    subsets: the expectation is the same, the variance smaller, and there is no seed.
 
     Args:
         reference: features of real images.
         sample: features of generated images.
-        k: which neighbour; the point itself does not count.
-        block_size: so many by so many distances are in memory at once. The result is exact and
-            does not depend on it.
+        block_size: so many by so many kernels are in memory at once.
 
     Raises:
-        ValueError: a set is no table of finite numbers with more than k rows, the sets differ in
-            D, or k or the block size is no positive number.
+        ValueError: a set is no table of finite numbers with 2 rows or more, they differ in D, or
+            the block size is not positive.
     """
-    if k < 1 or block_size < 1:
-        raise ValueError(f"k and block_size must be at least 1, got {k} and {block_size}")
-    real = torch.from_numpy(_table(reference, "reference", min_rows=k + 1)).split(block_size)
-    ours = torch.from_numpy(_table(sample, "sample", min_rows=k + 1)).split(block_size)
-    if real[0].shape[1] != ours[0].shape[1]:
-        raise ValueError(
-            f"reference has {real[0].shape[1]} features, sample {ours[0].shape[1]}: both sets "
-            "must come from the same network"
-        )
-    return _share_within(ours, real, _radii(real, k)), _share_within(real, ours, _radii(ours, k))
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    real = check_table(reference, "reference", min_rows=2)
+    ours = check_table(sample, "sample", min_rows=2)
+    check_same_width(real, ours)
+    across = sum(_kernels(a, b).sum() for a in _blocks(real, block_size)
+                 for b in _blocks(ours, block_size))  # fmt: skip
+    within = _mean_within(real, block_size) + _mean_within(ours, block_size)
+    return float(within - 2 * across / (len(real) * len(ours)))
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return the distances [n, m] of points [n, D] and [m, D], without cancellation."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+def _mean_within(table: np.ndarray, block_size: int) -> float:
+    """Return the mean kernel of two different rows of a table."""
+    total = 0.0
+    for i, a in enumerate(_blocks(table, block_size)):
+        own = _kernels(a, a)
+        later = _blocks(table[(i + 1) * block_size :], block_size)
+        total += own.sum() - own.trace() + 2 * sum(_kernels(a, b).sum() for b in later)
+    return total / (len(table) * (len(table) - 1))
 
 
-def _radii(blocks: tuple[Tensor, ...], k: int) -> list[Tensor]:
-    """Return, for the points [n, D] of each block, the distances [n] to their k-th neighbours."""
-    radii = []
-    for points in blocks:
-        nearest = points.new_empty(len(points), 0)
-        for others in blocks:
-            found = torch.cat([nearest, _distances(points, others)], dim=1)
-            # k + 1, since the point itself is among them, at distance 0.
-            nearest = found.topk(min(k + 1, found.shape[1]), largest=False).values
-        radii.append(nearest.amax(dim=1))
-    return radii
+def _kernels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the kernels [n, m] of rows [n, D] and [m, D]."""
+    return (a.astype(np.float64) @ b.astype(np.float64).T / a.shape[1] + 1) ** 3
 
 
-def _share_within(
-    blocks: tuple[Tensor, ...], centres: tuple[Tensor, ...], radii: list[Tensor]
-) -> float:
-    """Return the share of points that lie within, or on, some ball."""
-    count = 0
-    for points in blocks:
-        within = torch.zeros(len(points), dtype=torch.bool)
-        for centre, radius in zip(centres, radii, strict=True):
-            within |= (_distances(points, centre) <= radius).any(dim=1)
-        count += int(within.sum())
-    return count / sum(map(len, blocks))
-
-
-def _table(features: ArrayLike, name: str, min_rows: int) -> np.ndarray:
-    """Return features as float64 [N, D] if they are a table of enough rows of finite numbers."""
-    table = np.ascontiguousarray(features, dtype=np.float64)
-    if table.ndim != 2 or len(table) < min_rows or table.shape[1] == 0:
-        raise ValueError(f"{name} must be [N, D] with N >= {min_rows}, got {list(table.shape)}")
-    if not np.isfinite(table).all():
-        raise ValueError(
-            f"{name} has {_count_broken(table)} values that are not finite: look at the images "
-            "with such pixels, or at the network that read them"
-        )
-    return table
-
-
-def _count_broken(array: np.ndarray) -> int:
-    return int((~np.isfinite(array)).sum())
+def _blocks(table: np.ndarray, size: int = ROWS) -> Iterator[np.ndarray]:
+    """Yield a table by so many rows, and at last those that remain."""
+    return (table[start : start + size] for start in range(0, len(table), size))

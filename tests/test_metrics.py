@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from launching import ROOT
 
-from evaluations.metrics import frechet_distance, mean_and_covariance, precision_recall
+from evaluations import neighbours
+from evaluations.metrics import (
+    density_coverage,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    mean_and_covariance,
+    precision_recall,
+)
 
 
 @pytest.fixture
@@ -25,17 +33,33 @@ def gaussian(rng, dim=6, rank=None):
     return rng.normal(size=dim), root @ root.T
 
 
-def brute_force(reference, sample, k):
-    """Return precision and recall from whole matrices of distances in float64."""
+def inside(points, centres, k):
+    """Tell by brute force in float64 which points [n] are in which balls [m] of the centres."""
 
-    def distances(a, b):
-        return np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=2))
+    def squared_distances(a, b):
+        return ((a[:, None].astype(np.float64) - b[None]) ** 2).sum(axis=2)
 
-    def share(points, centres):
-        radii = np.sort(distances(centres, centres), axis=1)[:, k]
-        return (distances(points, centres) <= radii).any(axis=1).mean()
+    radii = np.sort(squared_distances(centres, centres), axis=1)[:, k]
+    return squared_distances(points, centres) <= radii
 
-    return share(sample, reference), share(reference, sample)
+
+def brute_force(reference, sample, k=3):
+    """Return precision and recall from whole matrices of distances."""
+    hits = inside(sample, reference, k), inside(reference, sample, k)
+    return tuple(hit.any(axis=1).mean() for hit in hits)
+
+
+SETS = {  # draws a set of points from (rng, n): nothing to decide, much, or everything
+    "spread": lambda rng, n: rng.normal(size=(n, 3)),
+    "grid": lambda rng, n: rng.integers(0, 3, size=(n, 4)),
+    "repeated": lambda rng, n: rng.normal(size=(5, 3))[rng.integers(0, 5, size=n)],
+    "one_hot": lambda rng, n: np.eye(n, 90),
+    "tenths": lambda rng, n: rng.integers(0, 3, size=(n, 3)) / 10 + 0.7,
+    "far_away": lambda rng, n: rng.integers(-9, 10, size=(n, 3)) + 2.0**40,
+    "many_scales": lambda rng, n: rng.normal(size=(n, 3)) * np.logspace(-9, 0, n)[:, None],
+    "huge": lambda rng, n: rng.normal(size=(n, 3)) * 1e160,
+    "float16": lambda rng, n: rng.normal(size=(n, 2)).astype(np.float16),
+}  # fmt: skip
 
 
 # -- means and covariances -------------------------------------------------------------------------
@@ -114,13 +138,33 @@ def test_precision_and_recall_tell_quality_from_variety(rng):
     assert precision_recall(narrow, wide) == (recall, precision)
 
 
+@pytest.mark.parametrize("kind", SETS)
 @pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_and_recall_equal_brute_force_in_blocks_of_any_size(rng, k):
-    """The sizes of blocks divide the sets or not, and are smaller than k or larger than a set."""
-    reference, sample = rng.normal(size=(50, 3)), 0.8 * rng.normal(size=(37, 3)) + 0.3
-    expected = brute_force(reference, sample, k)
-    for block_size in (1, 2, 10, 49, 1000):
-        assert precision_recall(reference, sample, k, block_size) == expected
+def test_neighbours_equal_brute_force_also_at_ties(rng, kind, k):
+    """Blocks that divide the sets or not, smaller than k or larger than a set: exact equality."""
+    reference, sample = SETS[kind](rng, 30), SETS[kind](rng, 22)
+    with np.errstate(over="ignore"):
+        expected = brute_force(reference, sample, k)
+        hits = inside(sample, reference, k)
+        for block_size in (2, 11, 1000):
+            assert precision_recall(reference, sample, k, block_size) == expected
+            density, coverage = density_coverage(reference, sample, k, block_size)
+            assert density == hits.sum() / (k * 22) and coverage == hits.any(axis=0).mean()
+
+
+def test_few_pairs_need_differences(rng, monkeypatch):
+    """The products decide: differences are for neighbours, and repeats cost none at all."""
+    taken = []
+    squared = neighbours._squared
+    monkeypatch.setattr(
+        neighbours, "_squared", lambda a, b, i, j: taken.append(len(i)) or squared(a, b, i, j)
+    )
+    reference, sample = rng.normal(size=(400, 64)), rng.normal(size=(300, 64))
+    assert precision_recall(reference, sample, block_size=100) == brute_force(reference, sample)
+    assert sum(taken) < 20 * 700
+    taken.clear()
+    assert precision_recall(np.tile(sample[:1], (5000, 1)), sample) == (1 / 300, 1)
+    assert sum(taken) < 20 * 301
 
 
 def test_equal_points_and_balls_without_extent():
@@ -130,13 +174,63 @@ def test_equal_points_and_balls_without_extent():
     assert precision_recall(reference, sample) == (0.5, 1)
 
 
-def test_a_large_common_offset_costs_no_digits(rng):
-    """Distances come from differences: far from the origin they are as exact as near it."""
-    reference, sample = rng.integers(-9, 10, size=(2, 60, 3)).astype(np.float64)
-    offset = 2.0**40
-    assert precision_recall(reference + offset, sample + offset) == precision_recall(
-        reference, sample
-    )
+def test_density_and_coverage_of_a_set_with_itself(rng):
+    """Each ball holds its centre and k neighbours, so density is 1 + 1 / k; all are covered."""
+    points = rng.normal(size=(60, 4))
+    assert density_coverage(points, points, k=5) == (pytest.approx(6 / 5), 1)
+    assert density_coverage(points, points + 100) == (0, 0)
+
+
+def test_an_outlier_among_real_images_raises_precision_but_hardly_density(rng):
+    """Its wide ball takes in any sample; density counts how few balls do."""
+    reference, sample = rng.normal(size=(100, 2)), rng.normal(size=(80, 2)) + 30
+    far = np.concatenate([reference, [[60.0, 60.0]]])
+    assert precision_recall(far, sample, k=5)[0] == 1
+    assert density_coverage(far, sample, k=5)[0] == pytest.approx(1 / 5)
+
+
+# -- kernel distance -------------------------------------------------------------------------------
+
+
+def test_kernel_distance_is_the_unbiased_estimate(rng):
+    """It equals the sums over all pairs, whatever the size of the blocks."""
+    x, y = rng.normal(size=(23, 4)), rng.normal(size=(17, 4)) + 0.5
+
+    def kernel(a, b):
+        return (a @ b / 4 + 1) ** 3
+
+    within = [
+        np.mean([kernel(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
+        for s in (x, y)
+    ]
+    expected = sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y])
+    for block_size in (1, 5, 100):
+        assert kernel_distance(x, y, block_size) == pytest.approx(expected, rel=1e-10)
+
+
+def test_kernel_distance_has_no_bias(rng):
+    """Over many small sets of one distribution it averages to 0; of two, to what it is."""
+    x, y = rng.normal(size=(2, 400, 10, 3))
+    same = [kernel_distance(a, b) for a, b in zip(x, y, strict=True)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 20
+    assert kernel_distance(rng.normal(size=(900, 3)), rng.normal(size=(800, 3)) + 1) > 0.5
+
+
+# -- Inception Score -------------------------------------------------------------------------------
+
+
+def test_inception_score_of_no_and_of_full_knowledge():
+    """1 if all images look alike; the number of classes if each is sure and all are there."""
+    assert inception_score(np.full((20, 4), 0.25)) == pytest.approx(1)
+    assert inception_score(np.tile(np.eye(4), (5, 1))) == pytest.approx(4)
+    assert inception_score(np.eye(4).repeat(5, axis=0), split_size=5) == pytest.approx(1)
+
+
+def test_inception_score_is_the_mean_over_splits(rng):
+    """The last split is shorter, and counts as much as the others."""
+    probabilities = rng.dirichlet(np.ones(6), size=25)
+    parts = [inception_score(probabilities[i : i + 10]) for i in (0, 10, 20)]
+    assert inception_score(probabilities, split_size=10) == pytest.approx(np.mean(parts), rel=1e-12)
 
 
 # -- the published evaluator -----------------------------------------------------------------------
@@ -150,8 +244,10 @@ def test_published_numbers(published, name):
     assert frechet_distance(*statistics) == pytest.approx(float(published[f"{name}/fid"]), rel=1e-6)
     theirs = [published[f"{name}/precision"].item(), published[f"{name}/recall"].item()]
     assert precision_recall(reference, sample) == pytest.approx(theirs, abs=0.005)
-    exact = brute_force(reference.astype(np.float64), sample.astype(np.float64), 3)
+    exact = brute_force(reference, sample)
     assert precision_recall(reference, sample) == exact
+    score = inception_score(published[f"{name}/preds"], split_size=100)
+    assert score == pytest.approx(float(published[f"{name}/inception_score_split100"]), rel=1e-6)
 
 
 # -- what is no input ------------------------------------------------------------------------------
@@ -196,3 +292,25 @@ def test_precision_and_recall_refuse(change, words):
     both = {"reference": np.zeros((5, 2)), "sample": np.zeros((5, 2))}
     with pytest.raises(ValueError, match=words):
         precision_recall(**both | change)
+
+
+@pytest.mark.parametrize("score", [precision_recall, density_coverage, kernel_distance])
+def test_all_scores_refuse_sets_of_different_networks(score):
+    with pytest.raises(ValueError, match="same network"):
+        score(np.zeros((6, 2)), np.zeros((6, 3)))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "words"),
+    [
+        (np.full((4, 2), 0.6), "sum up to 1"),
+        ([[1.5, -0.5]], "below 0"),
+        ([[np.nan, 1]], "1 values that are not finite"),
+        (np.zeros((0, 3)), "N >= 1"),
+        ([["a", "b"]], "real numbers"),
+        (np.full((2, 2), 0.5j), "real numbers"),
+    ],
+)
+def test_inception_score_refuses(probabilities, words):
+    with pytest.raises(ValueError, match=words):
+        inception_score(probabilities)
