@@ -7,7 +7,13 @@ from launching import ROOT
 
 from guided_diffusion import config
 
-DOCS = ("README.md", "models/README.md", "datasets/README.md", "docs/sampling.md", "docs/editing.md")
+DOCS = (
+    "README.md",
+    "models/README.md",
+    "datasets/README.md",
+    "docs/sampling.md",
+    "docs/editing.md",
+)
 FLAGS = {f.name for f in config.all_fields()}
 
 
