@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 SIZE = 299  # height and width of what the convolutions see
 NUM_FEATURES, NUM_CLASSES = 2048, 1008
-NUM_SPATIAL_CHANNELS = 7  # of 17 x 17: 2,023 numbers, about as many as pool_3 has
+NUM_SPATIAL_CHANNELS = 7  # about as many numbers as pool_3 has
+NUM_SPATIAL = 17 * 17 * NUM_SPATIAL_CHANNELS
 EPSILON = 0.001  # added to variances
 NORMALIZATION = {"beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
 
@@ -333,7 +334,7 @@ class Inception(nn.Module):
         _check(images)
         x = images.to(self.softmax.device).to(self.softmax.dtype).permute(0, 3, 1, 2)
         x = (resize(x) - 128) / 128
-        with _full_precision():
+        with full_precision():
             for block, branches in GRAPH.items():
                 x = torch.cat([self._run(steps, x) for steps in branches], dim=1)
                 if block == "mixed_6":  # its first branch is mixed_6/conv, [N, 192, 17, 17]
@@ -352,7 +353,7 @@ class Inception(nn.Module):
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Keep convolutions from TensorFloat-32, three digits and the default on GPUs, in the block."""
     cudnn = torch.backends.cudnn
     if hasattr(cudnn, "conv"):  # newer releases of torch, which do not like the older flag

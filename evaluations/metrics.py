@@ -62,15 +62,18 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     for name, array in zip(arrays, (mu1, sigma1, mu2, sigma2), strict=True):
         if not np.isfinite(array).all():
             raise ValueError(f"{name} has {count_broken(array)} values that are not finite")
-    roots = np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False)
+    product = _factor(sigma1).T @ _factor(sigma2)
+    roots = np.linalg.svd(product, compute_uv=False) if product.size else np.zeros(1)
     traces = np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum()
     return max(0.0, float(np.square(mu1 - mu2).sum() + traces))  # rounding may go below 0
 
 
 def _factor(sigma: np.ndarray) -> np.ndarray:
-    """Return F [D, D] with F F^T = sigma, of a symmetric matrix without negative eigenvalues."""
+    """Return F [D, R] with F F^T = sigma, of a symmetric matrix of rank R, none of it negative."""
     eigenvalues, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
-    return vectors * np.sqrt(eigenvalues.clip(min=0))  # those below 0 are rounding
+    # What is smaller is rounding, whose root is not small. (Of fewer images than features most is.)
+    kept = eigenvalues > eigenvalues[-1] * len(sigma) * np.finfo(np.float64).eps
+    return vectors[:, kept] * np.sqrt(eigenvalues[kept])
 
 
 def inception_score(probabilities: ArrayLike, split_size: int = 5000) -> float:

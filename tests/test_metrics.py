@@ -120,6 +120,24 @@ def test_frechet_distance_of_fewer_samples_than_features(rng):
     assert frechet_distance(mu, sigma, mu + 1, sigma) == pytest.approx(50, rel=1e-8)
 
 
+def test_frechet_distance_of_a_singular_and_a_full_covariance(rng):
+    """The root of the rounding, 1e-8 of the largest deviation in each direction, adds nothing."""
+    dim = 200
+    root, (mu, full) = rng.normal(size=(dim, 2)), gaussian(rng, dim)
+    shared = np.sqrt(np.linalg.eigvalsh(root.T @ full @ root)).sum()
+    expected = np.trace(root @ root.T) + np.trace(full) - 2 * shared
+    for pair in ((mu, root @ root.T, mu, full), (mu, full, mu, root @ root.T)):
+        assert frechet_distance(*pair) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_to_a_single_point(rng):
+    """Without any variance it is the squared distance of the means, and the other's variance."""
+    mu, sigma = gaussian(rng)
+    nothing = np.zeros_like(sigma)
+    assert frechet_distance(mu, sigma, mu + 1, nothing) == pytest.approx(6 + np.trace(sigma))
+    assert frechet_distance(mu, nothing, mu + 1, nothing) == pytest.approx(6)
+
+
 # -- precision and recall --------------------------------------------------------------------------
 
 

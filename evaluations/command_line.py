@@ -1,0 +1,104 @@
+"""The flags of the programs in this folder. This module imports nothing heavy."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from guided_diffusion.flag_checks import (
+    above,
+    count,
+    device_name,
+    image_source,
+    one_of,
+    output_file,
+    output_folder,
+)
+from guided_diffusion.flag_parsing import flag, read_flags
+
+
+@dataclass(frozen=True)
+class SetsConfig:
+    """What is compared; the two may also stand without the names of their flags."""
+
+    reference: str = flag(
+        "", "real images: an npz such as a published reference batch, a folder or a zip",
+        check=image_source, required=True,
+    )  # fmt: skip
+    sample: str = flag(
+        "", "images to score: an npz, a folder or a zip", check=image_source, required=True
+    )
+    json: str = flag("", "also write the scores to this file", check=output_file(".json"))
+    more_scores: bool = flag(False, "also kernel distance, density and coverage")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The images that become a reference batch, and where it goes."""
+
+    data_dir: str = flag(
+        "", "real images: a folder, searched recursively, a zip, an npz or an LMDB folder",
+        check=image_source, required=True,
+    )  # fmt: skip
+    image_size: int = flag(64, "height and width to crop them to", check=count(2**15))
+    out: str = flag("", "the npz to write", check=output_file(".npz"), required=True)
+    num_images: int = flag(
+        10_000, "images to put into it, for precision and recall", check=count(10**6, least=4)
+    )
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network that looks at the images."""
+
+    features: str = flag(
+        "inception", "inception, or efficientnet_lite0, which needs no download",
+        check=one_of("inception", "efficientnet_lite0"),
+    )  # fmt: skip
+    inception: str = flag(
+        "", "classify_image_graph_def.pb, or a conversion of it to PyTorch (default: downloaded)"
+    )
+    batch_size: int = flag(64, "images that it sees at once", check=count(10**6))
+    device: str = flag("", "cpu, cuda, cuda:N (default: cuda if there is one)", check=device_name)
+    dist_timeout: float = flag(
+        1800.0, "seconds after which a rank that waits for another gives up",
+        check=above(0, most=1e7),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where features are kept for the next time."""
+
+    cache_dir: str = flag(
+        "", "a folder, or none (default: features in $GUIDED_DIFFUSION_CACHE or ~/.cache)",
+        check=output_folder,
+    )  # fmt: skip
+
+
+def parse(
+    description: str | None,
+    *groups: type,
+    argv: Iterable[str] | None = None,
+    positional: Sequence[str] = (),
+) -> argparse.Namespace:
+    """Read a command line; a mistake ends the process. See `flag_parsing.read_flags`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return read_flags(
+        description, *groups, argv=_front(words), positional=positional,
+        expand=lambda given, values: {}, find_conflict=lambda flags: None,
+    )  # fmt: skip
+
+
+def _front(words: list[str]) -> list[str]:
+    """Put what belongs to no flag before the flags, each of which takes one value."""
+    free, flags = [], []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("-"):
+            free.append(word)
+            continue
+        flags.append(word)
+        if word not in ("-h", "--help") and "=" not in word and words:
+            flags.append(words.pop(0))
+    return free + flags

@@ -1,0 +1,76 @@
+"""Features that were computed before, kept by the content of the images and of the network.
+
+A file holds the features of one part of a set. Its name is a hash of the pixels, so whoever asks
+for the same images again, in whatever file they are, need not wait. What is not wanted any more
+can be deleted at any time.
+"""
+
+import hashlib
+import os
+import sys
+from contextlib import suppress
+
+import numpy as np
+
+from guided_diffusion import checkpoints
+from guided_diffusion.launchers import first_line
+
+from .features import Extractor, Features
+from .inception_weights import cache_folder
+
+NONE = "none"  # for --cache_dir
+
+
+class FeatureCache:
+    """Features by the content of images, in a folder.
+
+    Args:
+        folder: "" for the usual one, "none" to keep nothing.
+        extractor: the network that sees the images.
+        batch_size: images that it sees at once.
+    """
+
+    def __init__(self, folder: str, extractor: Extractor, batch_size: int):
+        folder = os.path.expanduser(folder) or os.path.join(cache_folder(), "features")
+        self._folder = None if folder == NONE else os.path.join(folder, extractor.identity)
+        self._extractor, self._batch_size = extractor, batch_size
+
+    def features(self, images: np.ndarray) -> Features:
+        """Return what the network sees in images, uint8 [n, H, W, 3], now or at an earlier time."""
+        path = self._folder and os.path.join(self._folder, f"{_hash(images)}.npz")
+        found = path and _read(path, len(images))
+        if found:
+            return found
+        features = self._extractor(images, self._batch_size)
+        if path and np.isfinite(features.pooled).all():
+            self._write(path, features)
+        return features
+
+    def _write(self, path: str, features: Features) -> None:
+        """Keep features; a disk that takes none is told of once, and is no reason to end."""
+        present = {key: array for key, array in features._asdict().items() if array is not None}
+        try:
+            os.makedirs(self._folder, exist_ok=True)
+            checkpoints.write_file(path, lambda file: np.savez(file, **present), durable=False)
+        except OSError as error:
+            reason = first_line(error.__cause__ or error)
+            print(f"features are not kept in {self._folder} ({reason})", file=sys.stderr)
+            self._folder = None
+
+
+def _hash(images: np.ndarray) -> str:
+    """Return a hash of pixels and their arrangement."""
+    digest = hashlib.blake2b(str(images.shape).encode(), digest_size=20)
+    digest.update(np.ascontiguousarray(images))
+    return digest.hexdigest()
+
+
+def _read(path: str, num_images: int) -> Features | None:
+    """Return the features of a file; None if there is none, or if it is damaged."""
+    # A disk and numpy have a dozen ways to say that; the file will be written anew.
+    with suppress(Exception), np.load(path, allow_pickle=False) as npz:
+        features = Features(**npz)
+        arrays = [array for array in features if array is not None]
+        if all(a.shape[:-1] == (num_images,) and a.dtype == np.float32 for a in arrays):
+            return features
+    return None

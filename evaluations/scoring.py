@@ -1,0 +1,197 @@
+"""From two sets of images to their scores: what evaluator.py does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from guided_diffusion import checkpoints, dist_util
+
+from . import metrics
+from .feature_cache import FeatureCache
+from .features import Extractor, load_extractor
+from .image_sets import Gaussian, ImageSet, open_images
+from .measuring import Measured, measure
+
+MIN_IMAGES = 4  # k + 1 for the neighbours of precision and recall
+USUAL = 50_000  # samples behind a published FID
+SETS = ("reference", "sample")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score a set of images, print the scores and write them. All ranks call this.
+
+    Args:
+        args: the flags of evaluator.py.
+
+    Raises:
+        ValueError: a set cannot be read, or does not go with the network.
+    """
+    start = time.monotonic()
+    sets = {name: open_images(getattr(args, name), f"--{name}", MIN_IMAGES) for name in SETS}
+    extractor = load_extractor(args.features, args.inception or None)
+    stored = {name: stored_statistics(images, extractor) for name, images in sets.items()}
+    cache = FeatureCache(args.cache_dir, extractor, args.batch_size)
+    seen = {
+        name: measure(
+            images,
+            cache,
+            moments=[kind for kind in extractor.distances if kind not in stored[name]],
+            probabilities=name == "sample",
+        )
+        for name, images in sets.items()
+    }
+    if dist_util.is_main():
+        for line in [*_describe(sets, stored, seen), *_warnings(sets, stored, seen, extractor)]:
+            print(line, file=sys.stderr, flush=True)
+        scores = compute(seen, stored, extractor, more=args.more_scores)
+        report = scores | _circumstances(sets, stored, extractor, time.monotonic() - start)
+        for key, value in scores.items():
+            print(f"{extractor.labels[key]}: {value}", flush=True)
+        if args.json:
+            text = json.dumps(report, indent=2, allow_nan=False)
+            checkpoints.write_bytes(args.json, f"{text}\n".encode())
+    dist_util.wait_patiently("waiting for the scores")
+
+
+# --------------------------------------------------------------------------------------------
+# Scores
+
+
+def stored_statistics(images: ImageSet, extractor: Extractor) -> dict[str, Gaussian]:
+    """Return the statistics of a network's features that a set brings along, by kind.
+
+    Raises:
+        ValueError: they are no statistics, or those of other features.
+    """
+    if images.features != extractor.name:
+        return {}
+    found = {kind: images.statistics(kind) for kind in extractor.distances}
+    found = {kind: gaussian for kind, gaussian in found.items() if gaussian is not None}
+    for kind, gaussian in found.items():
+        if len(gaussian.mu) != extractor.widths[kind]:
+            raise images.error(
+                f"holds statistics of {len(gaussian.mu)} {kind} features, but --features "
+                f"{extractor.name} has {extractor.widths[kind]}: they are those of another network"
+            )
+    return found
+
+
+def compute(
+    seen: dict[str, Measured],
+    stored: dict[str, dict[str, Gaussian]],
+    extractor: Extractor,
+    more: bool = False,
+) -> dict[str, float]:
+    """Return the scores by key, in the order of the published evaluator.
+
+    Args:
+        seen: what the network sees in "reference" and "sample".
+        stored: statistics that are used instead of those of what is seen.
+        extractor: the network.
+        more: also the scores that the published evaluator does not know.
+    """
+    scores = {}
+    reference, sample = (seen[name] for name in SETS)
+    if sample.probabilities is not None:
+        scores["inception_score"] = metrics.inception_score(sample.probabilities)
+    for kind, key in extractor.distances.items():
+        one, other = (stored[name].get(kind) or _gaussian(seen[name], kind) for name in SETS)
+        scores[key] = metrics.frechet_distance(*one, *other)
+    neighbours = {"device": _precise_device()}
+    pair = reference.pooled, sample.pooled
+    scores["precision"], scores["recall"] = metrics.precision_recall(*pair, **neighbours)
+    if more:
+        scores["kernel_distance"] = metrics.kernel_distance(*pair)
+        scores["density"], scores["coverage"] = metrics.density_coverage(*pair, **neighbours)
+    return scores
+
+
+def _gaussian(seen: Measured, kind: str) -> Gaussian:
+    """Return mean and covariance of a kind of features."""
+    return Gaussian(seen.moments[kind].mean, seen.moments[kind].covariance())
+
+
+def _precise_device() -> torch.device:
+    """Return this rank's device, if it knows float64, else the CPU."""
+    device = dist_util.dev()
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+# --------------------------------------------------------------------------------------------
+# What is said of them
+
+
+def _source(stored: dict[str, Gaussian], kind: str) -> str:
+    return "stored" if kind in stored else "computed"
+
+
+def _describe(sets: dict, stored: dict, seen: dict) -> Iterator[str]:
+    """Yield a line on each set: what it is, and whence its statistics come."""
+    for name, images in sets.items():
+        kinds = [*stored[name], *seen[name].moments]
+        sources = ", ".join(f"{kind} {_source(stored[name], kind)}" for kind in kinds)
+        size = "x".join(map(str, images.size))
+        yield f"{name}: {len(images)} images {size} of {images.path}; statistics: {sources}"
+
+
+def _warnings(sets: dict, stored: dict, seen: dict, extractor: Extractor) -> Iterator[str]:
+    """Yield a line on each thing that makes the scores mean less than they seem to."""
+    distance = extractor.labels[extractor.distances["pooled"]]
+    for name, images in sets.items():
+        dim, num = seen[name].pooled.shape[1], len(images)
+        if "pooled" in seen[name].moments and num <= dim:
+            yield (
+                f"warning: the {name} has {num} images for {dim} features: its covariance is "
+                f"singular, and {distance} much too large"
+            )
+        if images.features != extractor.name and images.statistics("pooled"):
+            yield (
+                f"warning: the {name} holds statistics of {images.features} features: computed "
+                "from its images instead"
+            )
+    if len(sets["sample"]) < USUAL:
+        yield (
+            f"warning: {len(sets['sample'])} samples: {distance} grows as their number falls, so "
+            f"compare only what was made from as many; published figures are of {USUAL}"
+        )
+    if sets["reference"].size != sets["sample"].size:
+        yield "warning: reference and sample have different sizes, which the scores will see"
+
+
+def _circumstances(
+    sets: dict, stored: dict, extractor: Extractor, seconds: float
+) -> dict[str, Any]:
+    """Return what the JSON file has beside the scores."""
+    found: dict[str, Any] = {}
+    for name, images in sets.items():
+        found[f"num_{name}"] = len(images)
+        found[name] = images.path
+    sources = {name: {k: _source(stored[name], k) for k in extractor.distances} for name in SETS}
+    return found | {
+        "statistics": sources,
+        "features": extractor.name,
+        "weights_sha256": extractor.digest,
+        "versions": _versions(),
+        "num_ranks": dist_util.get_world_size(),
+        "device": str(dist_util.dev()),
+        "seconds": round(seconds, 3),
+    }
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("guided-diffusion")
+    except PackageNotFoundError:  # run from its folder
+        own = "not installed"
+    known = {"python": platform.python_version(), "numpy": np.__version__}
+    return {"guided_diffusion": own, "torch": torch.__version__} | known
