@@ -104,8 +104,8 @@ class NpzImages(ImageSet):
             )
         self.size = shape[1:3]
         name = open_rows(path, FEATURES, flag=flag, optional=True)
-        if name is not None:
-            self.features = str(np.ravel(name)[0]) if len(name) else ""
+        if name is not None and name.dtype.kind == "U" and name.shape == (1,):
+            self.features = str(name[0])
 
     def __len__(self) -> int:
         return len(self._rows)

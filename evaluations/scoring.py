@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
@@ -58,8 +59,7 @@ def evaluate(args: argparse.Namespace) -> None:
         for key, value in scores.items():
             print(f"{extractor.labels[key]}: {value}", flush=True)
         if args.json:
-            text = json.dumps(report, indent=2, allow_nan=False)
-            checkpoints.write_bytes(args.json, f"{text}\n".encode())
+            write_json(args.json, report)
     dist_util.wait_patiently("waiting for the scores")
 
 
@@ -129,6 +129,13 @@ def _precise_device() -> torch.device:
 
 # --------------------------------------------------------------------------------------------
 # What is said of them
+
+
+def write_json(path: str, report: dict[str, Any]) -> None:
+    """Write scores and circumstances, all or nothing, into a folder that is made if need be."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    text = json.dumps(report, indent=2, allow_nan=False)
+    checkpoints.write_bytes(path, f"{text}\n".encode())
 
 
 def _source(stored: dict[str, Gaussian], kind: str) -> str:

@@ -51,13 +51,13 @@ def tiny(name, *arguments, part=4, delay=0.0):
     return [sys.executable, "-c", TINY, *map(str, [name, part, delay, *arguments])]
 
 
-def run_here(main, *arguments):
-    """Run a program's `main` in this process with the small network."""
+def run_here(main, *arguments, network=make_tiny):
+    """Run a program's `main` in this process with another network in Inception's place."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv = ["program.py", *map(str, arguments)]
     with (
         mock.patch.object(sys, "argv", argv),
-        mock.patch.dict(features.EXTRACTORS, {"inception": make_tiny}),
+        mock.patch.dict(features.EXTRACTORS, {"inception": network}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -152,7 +152,7 @@ def test_stored_statistics_are_used_for_distances_alone(pair, tmp_path):
         stored |= {f"mu{suffix}": mu + 3, f"sigma{suffix}": sigma}
     with np.load(real) as npz:
         np.savez(tmp_path / "batch.npz", arr_0=npz["arr_0"], **stored)
-    json_path = tmp_path / "scores.json"
+    json_path = tmp_path / "made" / "when_needed" / "scores.json"
     done = run_here(evaluator.main, tmp_path / "batch.npz", ours, f"--json={json_path}")
     found = scores_of(done.out)
     assert found["FID"] == pytest.approx(9 * 6, rel=1e-9) == found["sFID"]
@@ -195,8 +195,7 @@ def test_the_published_network_from_a_file_of_weights(tmp_path):
     for name, part in {"real": slice(0, 4), "ours": slice(2, 6)}.items():
         np.savez(tmp_path / f"{name}.npz", arr_0=theirs["images"][part])
     names = [tmp_path / "real.npz", tmp_path / "ours.npz", "--inception", tmp_path / "weights.pth"]
-    with mock.patch.object(sys.modules[__name__], "make_tiny", features.make_inception):
-        done = run_here(evaluator.main, *names, "--device", "cpu")
+    done = run_here(evaluator.main, *names, "--device=cpu", network=features.make_inception)
     assert done.code == 0, done.err
     digest, *printed = done.out.splitlines()
     assert digest.endswith("weights.pth") and "4 images for 2048 features" in done.err
