@@ -29,7 +29,7 @@ from .losses import classifier_losses
 from .metering import count_flops, peak_memory
 from .presets import PRESETS
 from .samplers import call_levels, is_guided, steered
-from .sampling_flags import sampler_of
+from .sampling_flags import has_guide, sampler_of
 from .script_util import CREATE
 
 META = torch.device("meta")
@@ -181,7 +181,9 @@ def _estimate_sampling(args: argparse.Namespace, kind: str, chains: int) -> Esti
     flops, repeats = _count_calls(args, process, networks, cond_fn)
     memory = {f"weights, {name}": _nbytes(net.parameters()) for name, net in networks.items()}
     if args.use_bf16:  # autocast keeps them to its end, but not those of the frozen classifier
-        memory["weights in bfloat16"] = sum(2 * _num_params(layer) for layer in _narrowed(model))
+        kept = [net for name, net in networks.items() if name != "classifier"]
+        layers = [layer for net in kept for layer in _narrowed(net)]
+        memory["weights in bfloat16"] = sum(2 * _num_params(layer) for layer in layers)
     memory[WORK] = peak_memory(step, *networks.values())
     counts = {name: _num_params(network) for name, network in networks.items()}
     return Estimate(counts, flops, {name: chains * n for name, n in repeats.items()}, memory)
@@ -192,7 +194,7 @@ def _create_guides(args: argparse.Namespace, kind: str) -> dict[str, nn.Module]:
     guides = {}
     if getattr(args, "classifier_scale", 0):
         guides["classifier"] = _create_classifier(args)
-    if getattr(args, "guide_model_path", ""):
+    if has_guide(vars(args)):
         with META:
             guides[WEAKER] = CREATE[kind](**args.guide_flags)[0]
     return guides

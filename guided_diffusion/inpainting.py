@@ -25,7 +25,7 @@ from .npz_rows import open_rows
 from .pictures import save_film
 from .sample_files import SampleFiles
 from .sample_labels import choose_classes
-from .samplers import Sampler, bound, shortened
+from .samplers import Sampler, bind_sampler, shortened
 from .sampling import Cond, Denoiser, Device, NoiseFn, Step, model_device, noise_like, run_chain
 from .streams import INPAINT_CHAIN, INPAINT_NOISE
 
@@ -196,7 +196,7 @@ def make_inpainter(
                 out["sample"] = torch.where(mask, out["sample"], known)
             yield out
 
-    return bound(loop, num_calls, args, model, diffusion, **steering)
+    return bind_sampler(loop, num_calls, args, model, diffusion, **steering)
 
 
 # --------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class NoiseLevels:
         self.mean_type = process.model_mean_type
         self._log_sigmas = np.log(self.sigmas)
         self._trained = np.arange(len(trained)), np.log(trained)
-        self._lowest, self._highest = trained[0], trained[-1]
+        self._trained_sigmas = trained
 
     def __len__(self) -> int:
         return len(self.sigmas)
@@ -58,9 +58,12 @@ class NoiseLevels:
         return round(t) if abs(t - round(t)) < ROUNDING else t
 
     def round(self, sigma: float) -> float:
-        """Return the level of the process that is nearest in log sigma."""
-        index = np.interp(math.log(sigma), self._log_sigmas, np.arange(len(self)))
-        return float(self.sigmas[round(float(index))])
+        """Return the level that the network was trained on, nearest in log sigma."""
+        return float(self._trained_sigmas[round(self.timestep_of(sigma))])
+
+    def clip(self, sigma: float) -> float:
+        """Return the level, or the nearest within the range that the network was trained on."""
+        return float(np.clip(sigma, self._trained_sigmas[0], self._trained_sigmas[-1]))
 
     def network_timesteps(self, sigma: float, count: int, device: torch.device) -> Tensor:
         """Return what the network is told of a level, [count]: int64 if it is a whole timestep."""
@@ -116,9 +119,9 @@ class NoiseLevels:
 
     def _bound(self, sigma: float) -> float:
         """Return the timestep of a level as the network is told; infinite beyond the ends."""
-        if sigma < self._lowest:
-            return -math.inf
-        return math.inf if sigma > self._highest else self.timestep_of(sigma) * self.scale
+        if self.clip(sigma) != sigma:
+            return math.copysign(math.inf, sigma - self._trained_sigmas[0])
+        return float(self.network_timesteps(sigma, 1, torch.device("cpu")))  # rounded as t is
 
     def grid(self, num_steps: int, by: str = "published", fractional: bool = False) -> np.ndarray:
         """Choose the levels of a chain: float64 [num_steps + 1], falling, the last of them 0.
@@ -216,8 +219,15 @@ def respaced(process: SpacedDiffusion, timesteps: Sequence[int]) -> SpacedDiffus
     Args:
         process: one that kept all steps.
         timesteps: which to keep.
+
+    Raises:
+        ValueError: if the process has fewer steps already.
     """
-    assert process.num_timesteps == process.original_num_steps, process.timestep_map
+    if process.num_timesteps != process.original_num_steps:
+        raise ValueError(
+            f"the process keeps {process.num_timesteps} of {process.original_num_steps} steps "
+            "already: give --num_steps or --timestep_respacing, not both"
+        )
     return SpacedDiffusion(
         use_timesteps=timesteps,
         betas=process.betas,

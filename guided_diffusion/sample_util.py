@@ -27,7 +27,7 @@ from .sample_files import IN_FILM, INDIFFERENT, SampleFiles
 from .sample_labels import Labels, choose_classes, known_names
 from .samplers import Sampler, make_sampler
 from .sampling import Step
-from .sampling_flags import PUBLISHED_SAMPLERS, sampler_of
+from .sampling_flags import PUBLISHED_SAMPLERS, has_guide, sampler_of
 from .script_util import CREATE, choose_seed
 from .streams import CHAIN, NOISE, ChainNoise, chain_noises
 
@@ -156,7 +156,7 @@ def _flags_that_count(
     flags["model_path"] = checkpoints.digest(args.model_path)
     if getattr(args, "classifier_scale", 0):
         flags["classifier_path"] = checkpoints.digest(args.classifier_path)
-    if getattr(args, "guide_model_path", ""):
+    if has_guide(vars(args)):
         flags["guide_model_path"] = checkpoints.digest(args.guide_model_path)
     sampler = sampler_of(flags)  # two ways to say the same are one
     if sampler in PUBLISHED_SAMPLERS:
@@ -193,7 +193,7 @@ def choose_sampler(
         ValueError: if the process has not as many steps as are wanted, or a file does not fit.
     """
     guide = None
-    if args.guide_model_path:
+    if has_guide(vars(args)):
         create, flags = CREATE[args.guide_kind], args.guide_flags | {"use_fp16": args.use_fp16}
         guide = _ready(create(**flags)[0], args.guide_model_path, args.use_fp16)
     return make(args, model, diffusion, cond_fn=cond_fn, guide=guide, device=dist_util.dev())

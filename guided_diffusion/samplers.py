@@ -11,11 +11,19 @@ import torch
 from torch import Tensor
 
 from .flag_checks import read_interval
+from .flag_parsing import defaults
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import GuidedNetwork, dynamic_threshold, fold, limited
 from .noise_levels import NoiseLevels, respaced
-from .sampling import Cond, CondFn, Denoiser, NoiseFn, Step
-from .sampling_flags import ONLY_FOR, PUBLISHED_SAMPLERS, sampler_of
+from .sampling import Cond, CondFn, Denoiser, NoiseFn, Step, model_device
+from .sampling_flags import (
+    ONLY_FOR,
+    PUBLISHED_SAMPLERS,
+    SteeringConfig,
+    StepsConfig,
+    sampler_of,
+    steps_of,
+)
 from .solver_sampling import solver_sample_loop_progressive
 from .solvers import SOLVERS
 
@@ -36,6 +44,11 @@ class Sampler:
 
     num_steps: int
     chain: Callable[[tuple[int, ...], NoiseFn, Cond], Iterator[Step]]
+
+
+def _filled(args: argparse.Namespace) -> argparse.Namespace:
+    """Return the flags with the defaults of those that a script lacks."""
+    return argparse.Namespace(**defaults(StepsConfig, SteeringConfig) | vars(args))
 
 
 def make_sampler(
@@ -61,13 +74,13 @@ def make_sampler(
     Raises:
         ValueError: if the process has not as many steps as are wanted.
     """
-    loop, num_steps = _loop(args, diffusion)
-    return bound(
+    loop, num_steps = _loop(_filled(args), diffusion)
+    return bind_sampler(
         loop, num_steps, args, model, diffusion, cond_fn=cond_fn, guide=guide, device=device
     )
 
 
-def bound(
+def bind_sampler(
     loop: Callable[..., Iterator[Step]],
     num_steps: int,
     args: argparse.Namespace,
@@ -90,11 +103,13 @@ def bound(
         guide: see there.
         device: see there.
     """
+    args = _filled(args)
+    device = model_device(model) if device is None else device
     network = steered(args, model, diffusion, guide)
-    if cond_fn is not None and getattr(args, "guidance_interval", ""):
+    if cond_fn is not None and args.guidance_interval:
         cond_fn = limited(cond_fn, _active(args, diffusion))
     options: dict[str, Any] = {"clip_denoised": args.clip_denoised, "device": device}
-    if getattr(args, "dynamic_threshold", 0):
+    if args.dynamic_threshold:
         options |= {
             "clip_denoised": False,
             "denoised_fn": dynamic_threshold(args.dynamic_threshold),
@@ -114,16 +129,16 @@ def steered(
     args: argparse.Namespace, model: Denoiser, diffusion: GaussianDiffusion, guide: Denoiser | None
 ) -> Denoiser:
     """Return the network with the guidance by networks that the command line asks for."""
+    args = _filled(args)
 
     def own(network: Denoiser) -> Denoiser:
         return network if args.class_cond else partial(_without_labels, network)
 
-    cfg_scale = getattr(args, "cfg_scale", 1.0)
-    if cfg_scale == 1 and guide is None:
+    if args.cfg_scale == 1 and guide is None:
         return own(model)
     return GuidedNetwork(
         own(model),
-        cfg_scale=cfg_scale,
+        cfg_scale=args.cfg_scale,
         null_class=args.num_classes,
         guide=guide and own(guide),
         guide_scale=args.guide_scale,
@@ -147,7 +162,7 @@ def call_levels(args: argparse.Namespace, diffusion: GaussianDiffusion) -> list[
         args: as for `make_sampler`.
         diffusion: the process, respaced by --timestep_respacing.
     """
-    loop, _ = _loop(args, diffusion)
+    loop, _ = _loop(_filled(args), diffusion)
     if sampler_of(vars(args)) in PUBLISHED_SAMPLERS:
         return NoiseLevels(loop.func.__self__).sigmas[::-1].tolist()
     sigmas, seen = loop.keywords["sigmas"], []
@@ -164,7 +179,7 @@ def call_levels(args: argparse.Namespace, diffusion: GaussianDiffusion) -> list[
 
 def is_guided(args: argparse.Namespace, sigma: float) -> bool:
     """Tell whether a level is within --guidance_interval, if one is given."""
-    low, high = read_interval(getattr(args, "guidance_interval", "")) or (0.0, math.inf)
+    low, high = read_interval(_filled(args).guidance_interval) or (0.0, math.inf)
     return low < sigma <= high
 
 
@@ -175,7 +190,7 @@ def _loop(
     name, levels = sampler_of(vars(args)), NoiseLevels(diffusion)
     if name in PUBLISHED_SAMPLERS:
         process = shortened(args, diffusion)
-        eta = {"eta": args.eta} if getattr(args, "eta", UNSET_ETA) != UNSET_ETA else {}
+        eta = {} if args.eta == UNSET_ETA else {"eta": args.eta}
         return partial(getattr(process, LOOPS[name]), **eta), process.num_timesteps
     sigmas = solver_grid(args, diffusion)
     loop = partial(solver_sample_loop_progressive, diffusion)
@@ -185,17 +200,20 @@ def _loop(
 
 def shortened(args: argparse.Namespace, diffusion: GaussianDiffusion) -> GaussianDiffusion:
     """Return the process with the steps of --num_steps, if that is given."""
-    if not getattr(args, "num_steps", 0):
+    args = _filled(args)
+    if not args.num_steps:
         return diffusion
     levels = NoiseLevels(diffusion)
-    chosen = levels.choose(args.num_steps, args.steps_by).astype(int)
+    chosen = levels.choose(args.num_steps, steps_of(vars(args))).astype(int)
     return respaced(diffusion, levels.timesteps[chosen])
 
 
 def solver_grid(args: argparse.Namespace, diffusion: GaussianDiffusion) -> Tensor:
     """Return the noise levels of a solver's chain, float64, falling to 0."""
     levels = NoiseLevels(diffusion)
-    grid = levels.grid(args.num_steps or len(levels), args.steps_by, args.fractional_t)
+    if not args.num_steps:
+        return torch.from_numpy(levels.grid(len(levels)))
+    grid = levels.grid(args.num_steps, steps_of(vars(args)), args.fractional_t)
     return torch.from_numpy(grid)
 
 
@@ -205,6 +223,6 @@ def _solver_options(args: argparse.Namespace, name: str, levels: NoiseLevels) ->
     options = {OPTIONS.get(flag, flag): getattr(args, flag) for flag in flags}
     if options.get("eta") == UNSET_ETA:
         del options["eta"]
-    if name == "heun" and not args.fractional_t:
-        options["round_sigma"] = levels.round
+    if name == "heun":
+        options["round_sigma"] = levels.clip if args.fractional_t else levels.round
     return options

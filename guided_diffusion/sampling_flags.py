@@ -69,8 +69,9 @@ class StepsConfig:
         check=count(10**6, least=0),
     )  # fmt: skip
     steps_by: str = flag(
-        "published", "how --num_steps are spread: published, logsnr, karras or time",
-        check=one_of(*GRIDS),
+        "", "how --num_steps are spread: published (default for ancestral and ddim), logsnr "
+        "(default for all others), karras or time",
+        check=one_of("", *GRIDS),
     )  # fmt: skip
     fractional_t: bool = flag(False, "let solvers step between the timesteps of the training, too")
     eta: float = flag(
@@ -81,7 +82,10 @@ class StepsConfig:
     s_churn: float = flag(0.0, "noise that heun adds before its steps", check=at_least(0))
     s_tmin: float = flag(0.0, "lowest sigma at which it does", check=at_least(0))
     s_tmax: float = flag(1e6, "highest sigma at which it does", check=at_least(0))
-    s_noise: float = flag(1.0, "deviation of the noise that heun adds", check=between(0, 10))
+    s_noise: float = flag(
+        1.0, "deviation of the noise that heun and dpmpp_2m_sde add, in units of what it should be",
+        check=between(0, 10),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,17 @@ def sampler_of(flags: dict[str, Any]) -> str:
     return flags.get("sampler") or ("ddim" if flags.get("use_ddim") else "ancestral")
 
 
+def steps_of(flags: dict[str, Any]) -> str:
+    """Return the name of the grid that flags choose for --num_steps."""
+    usual = "published" if sampler_of(flags) in PUBLISHED_SAMPLERS else "logsnr"
+    return flags.get("steps_by") or usual
+
+
+def has_guide(flags: dict[str, Any]) -> bool:
+    """Tell whether a weaker network is called."""
+    return bool(flags.get("guide_model_path")) and flags["guide_scale"] != 1
+
+
 def find_conflict(flags: dict[str, Any]) -> str | None:
     """Say which flags of samplers and guidance do not go together, or return None.
 
@@ -196,7 +211,7 @@ def find_conflict(flags: dict[str, Any]) -> str | None:
             f"--num_steps {get('num_steps')} is more than the --diffusion_steps "
             f"{get('diffusion_steps')} of the training: give at most that"
         )
-    if get("steps_by", "published") != "published" and not get("num_steps"):
+    if get("steps_by") and not get("num_steps"):
         return f"--steps_by {get('steps_by')} spreads --num_steps: give that, too"
     if get("fractional_t") and (sampler in PUBLISHED_SAMPLERS or not get("num_steps")):
         others = ", ".join(name for name in SAMPLERS if name not in PUBLISHED_SAMPLERS)
@@ -204,21 +219,28 @@ def find_conflict(flags: dict[str, Any]) -> str | None:
     for name, samplers in ONLY_FOR.items():
         if get(name, usual[name]) != usual[name] and sampler not in samplers:
             return f"--{name} {get(name)} is for --sampler {' or '.join(samplers)}: leave it out"
+    for name in ("s_tmin", "s_tmax", "s_noise"):
+        if sampler == "heun" and get(name, usual[name]) != usual[name] and not get("s_churn"):
+            return f"--{name} {get(name)} is of the noise of --s_churn: give that, too"
+    if get("s_tmin", 0) > get("s_tmax", math.inf):
+        return f"--s_tmin {get('s_tmin')} is above --s_tmax {get('s_tmax')}: exchange them"
     return _find_guidance_conflict(flags)
 
 
 def _find_guidance_conflict(flags: dict[str, Any]) -> str | None:
-    get = flags.get
+    get, usual, path = flags.get, defaults(SteeringConfig), flags.get("guide_model_path")
     if get("cfg_scale", 1) != 1 and not (get("class_cond") and get("label_dropout")):
         return (
-            f"--cfg_scale {get('cfg_scale')} needs a network with a null class, trained with "
-            "--class_cond True and --label_dropout: leave it out, or give --label_dropout 0.1 if "
-            "the last class of this network is one"
+            f"--cfg_scale {get('cfg_scale')} needs a network with a null class, which was trained "
+            "with --class_cond True and --label_dropout: leave it out (or give --label_dropout, "
+            "if this network was so trained and has no flags file)"
         )
-    guided = get("cfg_scale", 1) != 1 or get("guide_model_path") or get("classifier_scale")
+    if get("guide_scale", usual["guide_scale"]) != usual["guide_scale"] and not path:
+        return f"--guide_scale {get('guide_scale')} scales --guide_model_path: give that, too"
+    guided = get("cfg_scale", 1) != 1 or has_guide(flags) or get("classifier_scale")
     if get("guidance_interval") and not guided:
         return (
             f"--guidance_interval {get('guidance_interval')} limits guidance, but there is none: "
-            "give --cfg_scale or --guide_model_path, or use classifier_sample.py"
+            "give --cfg_scale, --guide_model_path or, with a classifier, --classifier_scale"
         )
     return None

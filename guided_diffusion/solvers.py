@@ -107,7 +107,7 @@ ADAMS_BASHFORTH = [
 
 
 def _ipndm(at: Stage) -> Taken:
-    """Combine the slopes of up to four points, as many as there are (PNDM, section 3.3)."""
+    """Combine the slopes of up to four points, as many as there are (Zhang and Chen 2022)."""
     here = at.look()
     slopes = [point.eps for point in (here, *at.past)]
     weights = ADAMS_BASHFORTH[len(slopes) - 1]
@@ -118,7 +118,7 @@ def _ipndm(at: Stage) -> Taken:
 def _plms(at: Stage) -> Taken:
     """As iPNDM, but the first step is Heun's, of second order, with two calls.
 
-    The pseudo linear multistep method (Liu et al. 2022), as latent diffusion made it known.
+    The pseudo linear multistep method (PNDM, Liu et al. 2022), as latent diffusion made it known.
     """
     return _ipndm(at) if at.past else _heun(at)
 
@@ -211,10 +211,16 @@ def _multistep(
         eta: 0 for the ODE, 1 for the SDE.
         s_noise: the deviation of its noise.
     """
+    _require_order(order, (1, 2, 3))
     here = at.look()
     x = _integrate(here, at.after, at.past[: order - 1], eta, halve)
     added = s_noise * at.after * math.sqrt(1 - (at.after / at.sigma) ** (2 * eta))
     return here, at.add_noise(x, added)
+
+
+def _require_order(order: int, orders: tuple[int, ...]) -> None:
+    if order not in orders:
+        raise ValueError(f"order must be one of {', '.join(map(str, orders))}, got {order!r}")
 
 
 def _unipc(at: Stage, order: int = 2) -> Taken:
@@ -227,6 +233,7 @@ def _unipc(at: Stage, order: int = 2) -> Taken:
         at: the start of the step.
         order: 2 or 3.
     """
+    _require_order(order, (2, 3))
     here, past = at.look(), at.past
     if past:
         x = _integrate(past[0], at.sigma, [*past[1:order], here])
@@ -284,8 +291,10 @@ def solve_progressive(
         before; `i`, the number of the step from 0 on. All in `state_dtype`.
 
     Raises:
-        ValueError: if the levels do not fall.
+        ValueError: if the levels do not fall, or there is no such solver or order.
     """
+    if name not in STEPS:
+        raise ValueError(f"the solver must be one of {', '.join(STEPS)}, got {name!r}")
     levels = _checked(sigmas)
     step, past = partial(STEPS[name], **options), ()
     x = x.to(state_dtype(x.device))
@@ -299,7 +308,7 @@ def solve_progressive(
 
 def _checked(sigmas: Tensor) -> list[float]:
     """Return the levels as numbers."""
-    levels = torch.as_tensor(sigmas).double().tolist()
+    levels = torch.as_tensor(sigmas, dtype=torch.float64).tolist()
     falls = len(levels) > 1 and all(a > b for a, b in itertools.pairwise(levels))
     if not falls or levels[-1] < 0 or levels[0] == math.inf:
         raise ValueError(f"sigmas must fall, from a finite level to 0 or more, got {levels}")

@@ -138,12 +138,13 @@ def _adopt_guide(args: argparse.Namespace, kind: str) -> argparse.Namespace:
     """
     groups, path = KINDS[kind], args.guide_model_path
     mine = {name: getattr(args, name) for name in config.defaults(*groups)}
-    blank = argparse.Namespace(**vars(args) | {"given": set(), "preset": ""})
+    # Of a file without flags it is not known either whether its last class is the null class.
+    blank = argparse.Namespace(**vars(args) | {"given": {"label_dropout"}, "preset": ""})
     trained = find_trained(blank, "guide_model_path", kind, likely=mine)
-    flags = config.defaults(*groups) | trained.flags | {"timestep_respacing": ""}
-    sizes = {"upsampler": ("large_size",)}.get(kind, ("image_size",))
-    alike = {*COMMON, "class_cond", "predict_xstart", "label_dropout"} - {"image_size"} | {*sizes}
-    alike -= {"num_classes", "label_dropout"} if not args.class_cond else set()
+    flags = config.defaults(*groups) | {"label_dropout": mine["label_dropout"]} | trained.flags
+    sizes = ("large_size", "small_size") if kind == "upsampler" else ("image_size",)
+    alike = {*COMMON, "class_cond", "predict_xstart"} - {"image_size"} | {*sizes}
+    alike -= {"num_classes"} if not args.class_cond else set()
     wrong = [f"{n} {_shown(flags[n])} there, {_shown(mine[n])} here" for n in sorted(alike)
              if flags[n] != mine[n]]  # fmt: skip
     if wrong:
@@ -151,7 +152,7 @@ def _adopt_guide(args: argparse.Namespace, kind: str) -> argparse.Namespace:
             f"--guide_model_path {path} is of another kind than --model_path ({'; '.join(wrong)}): "
             "use a weaker network, such as an early checkpoint, of the same training"
         )
-    flags = {name: flags[name] for name in mine}
+    flags = {name: flags[name] for name in mine} | {"timestep_respacing": ""}
     notes = args.notes + ([trained.note] if trained.note else [])
     return argparse.Namespace(
         **vars(args) | {"notes": notes, "guide_kind": kind, "guide_flags": flags}
@@ -219,7 +220,7 @@ def find_trained(
 
     Args:
         args: the command line.
-        flag: model_path, classifier_path, resume_checkpoint or init_from.
+        flag: model_path, classifier_path, guide_model_path, resume_checkpoint or init_from.
         kind: a key of KINDS.
         likely: values to assume, rather than the defaults, for what tensors do not show.
 

@@ -123,6 +123,16 @@ def test_the_cosine_grid_spends_no_step_where_nothing_is_seen():
     assert levels.grid(10, "time")[0] > 20000
 
 
+@pytest.mark.parametrize("steps", [21, 700])
+def test_no_border_of_an_interval_is_lost_to_rounding(steps):
+    """Each level as the lower and as the upper end, where t is scaled by an odd factor."""
+    levels = NoiseLevels(process("cosine", rescale_timesteps=True, steps=steps))
+    told = [levels.network_timesteps(s, 1, torch.device("cpu")) for s in levels.sigmas]
+    for sigma, t in zip(levels.sigmas, told, strict=True):
+        assert not levels.between(sigma, math.inf)(t).any()
+        assert levels.between(0, sigma)(t).all()
+
+
 def test_too_many_steps_and_unknown_grids_are_refused():
     """In one line that says what is possible."""
     levels = NoiseLevels(process(steps=30))
@@ -134,7 +144,7 @@ def test_too_many_steps_and_unknown_grids_are_refused():
 
 def test_an_interval_is_open_below_and_closed_above():
     """Lo < sigma <= hi, at levels and between them; beyond the ends it holds for all, or none."""
-    levels = NoiseLevels(process("cosine", rescale_timesteps=True, steps=500))
+    levels = NoiseLevels(process("cosine", rescale_timesteps=True, steps=700))
     low, high = levels.sigmas[[100, 200]]
     t = levels.network_timesteps
     told = torch.cat([t(s, 1, torch.device("cpu")) for s in levels.sigmas[[0, 100, 101, 200, 201]]])

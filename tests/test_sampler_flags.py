@@ -39,6 +39,7 @@ def models(tmp_path_factory):
             ("plain", "diffusion model", SMALL | {"class_cond": False}),
             ("linear", "diffusion model", null | {"noise_schedule": "linear",
                                                   "diffusion_steps": 40}),
+            ("x_start", "diffusion model", null | {"predict_xstart": True}),
             ("classifier", "classifier", CLASSIFIER),
             ("upsampler", "upsampler", upsampler),
             ("weak_upsampler", "upsampler", upsampler | {"num_res_blocks": 2}),
@@ -126,6 +127,48 @@ def test_upsamplers_are_solved_and_steered_too(models, tmp_path):
     assert plain.shape == (5, 8, 8, 1) and (plain != steered).any()
 
 
+def test_an_upsampler_is_steered_by_one_of_its_sizes(models, tmp_path):
+    """Another input size is another network, though its weights would fit."""
+    flags = SUPER_RES | {"learn_sigma": False, "predict_xstart": True, "small_size": 2}
+    other = write_model(tmp_path, "other", "upsampler", 8, **flags)
+    np.savez(tmp_path / "base.npz", np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, np.int64))
+    done = run_script(
+        "super_res_sample", FEW, model_path=models["upsampler"], guide_model_path=other,
+        base_samples=tmp_path / "base.npz", log_dir=tmp_path / "out",
+    )  # fmt: skip
+    assert done.code == 1 and "small_size 2 there, 4 here" in done.err
+
+
+def test_a_guide_without_a_flags_file(models, tmp_path):
+    """Its null class is taken to be there as in the model; the samples are those with the file."""
+    bare = tmp_path / "bare.pt"
+    bare.write_bytes(models["weak"].read_bytes())
+    flags = FEW | {"model_path": models["model"], "sampler": "dpmpp_2m", "num_steps": 4}
+    for path in (bare, models["weak"]):
+        succeed("image_sample", flags, guide_model_path=path, log_dir=tmp_path / path.stem)
+    assert (drawn(tmp_path / "bare") == drawn(tmp_path / "weak")).all()
+
+
+def test_unconditional_networks_steer_each_other(models, tmp_path):
+    """A classifier's labels reach neither the model nor its guide."""
+    plain = SMALL | {"class_cond": False, "num_res_blocks": 2}
+    guide = write_model(tmp_path, "guide", "diffusion model", 7, **plain)
+    flags = FEW | {
+        "model_path": models["plain"], "classifier_path": models["classifier"],
+        "guide_model_path": guide, "sampler": "dpmpp_2m", "num_steps": 4,
+    }  # fmt: skip
+    for scale in (1.0, 2.0):
+        succeed("classifier_sample", flags, guide_scale=scale, log_dir=tmp_path / str(scale))
+    assert (drawn(tmp_path / "1.0") != drawn(tmp_path / "2.0")).any()
+
+
+def test_a_guide_of_scale_one_is_none(models):
+    """It is not loaded, and a dry run does not count it."""
+    flags = {"model_path": models["model"], "num_steps": 4, "dry_run": True}
+    out = succeed("image_sample", flags, guide_model_path=models["weak"], guide_scale=1.0).out
+    assert "weaker network" not in out
+
+
 def test_a_preset_gives_way_to_num_steps(tmp_path):
     """The 50 steps of the bundled preset are no contradiction."""
     done = succeed(
@@ -155,6 +198,7 @@ def test_a_dry_run_counts_what_the_interval_saves(models):
         ({"model_path": "plain", "cfg_scale": 2.0}, "--cfg_scale 2.0 needs a network with a null"),
         ({"guide_model_path": "plain"}, "is of another kind than --model_path"),
         ({"guide_model_path": "linear"}, "noise_schedule linear there, cosine here"),
+        ({"guide_model_path": "x_start"}, "predict_xstart True there, False here"),
         ({"guide_model_path": "classifier"}, "holds a classifier: give a file with a diffusion"),
         ({"guide_model_path": "nowhere.pt"}, "--guide_model_path nowhere.pt does not exist"),
         ({"num_steps": 21}, "--num_steps 21 is more than the --diffusion_steps 20"),

@@ -5,12 +5,13 @@
 
 from argparse import Namespace
 from collections import Counter
+from contextlib import suppress
 
 import mixtures
 import pytest
 import torch
 
-from guided_diffusion import config, sampling_flags
+from guided_diffusion import config, samplers, sampling_flags
 from guided_diffusion.noise_levels import NoiseLevels
 from guided_diffusion.samplers import call_levels, is_guided, make_sampler
 from guided_diffusion.sampling_flags import SAMPLERS, find_conflict
@@ -70,11 +71,9 @@ def test_guided_samples_have_the_moments_of_the_class(name, options, schedule):
 def test_fractional_timesteps_lead_to_the_same_points(name, schedule):
     """Between trained levels the exact network is as exact: many steps end in the same place."""
     diffusion, y = process(schedule), torch.zeros(64, dtype=torch.int64)
-    dict(sampler=name, num_steps=120)
+    same = dict(sampler=name, num_steps=120)
     ends = [
-        run(
-            flags(sampler=name, num_steps=120, steps_by=by, fractional_t=by != "time"), diffusion, y
-        )
+        run(flags(**same, steps_by=by, fractional_t=by != "time"), diffusion, y)
         for by in ("logsnr", "karras", "time")
     ]
     told = [set(model.calls) for _, model in ends]
@@ -129,6 +128,87 @@ def test_learned_variances_are_used_by_ancestral_sampling():
 
         ends.append(run(flags(), diffusion, torch.zeros(8, dtype=torch.int64), model)[0])
     assert (ends[0] - ends[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("dpmpp_2m_sde", {"eta": 0.5, "s_noise": 1.1}, {"eta": 0.5, "s_noise": 1.1}),
+        ("dpmpp_2m_sde", {}, {"s_noise": 1.0}),
+        ("unipc", {"solver_order": 3}, {"order": 3}),
+        (
+            "heun", {"s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.1},
+            {"s_churn": 2.0, "s_tmin": 0.1, "s_tmax": 9.0, "s_noise": 1.1},
+        ),
+        ("dpmpp_3m", {}, {}),
+    ],
+)  # fmt: skip
+def test_flags_reach_their_solver(name, given, expected, monkeypatch):
+    """Each under the name that the solver has for it; an eta that is not given, not at all."""
+    seen = {}
+    monkeypatch.setattr(
+        samplers, "solver_sample_loop_progressive", lambda *_, **options: seen.update(options) or []
+    )
+    sampler = make_sampler(flags(sampler=name, num_steps=5, **given), len, process("cosine"))
+    sampler.chain((1, 2), torch.randn_like, {})
+    options = set(seen) - {"solver", "sigmas", "round_sigma", "clip_denoised", "device"}
+    options -= {"cond_fn", "noise_fn", "model_kwargs"}
+    assert {option: seen[option] for option in options} == expected
+
+
+def test_churn_is_rounded_to_what_the_network_knows():
+    """To levels of the training, kept or not; fractional ones only back into their range."""
+    options = dict(sampler="heun", s_churn=8.0, steps_by="karras")
+    full, spaced = process("cosine"), process("cosine", timestep_respacing="10")
+    trained = set(NoiseLevels(full).sigmas)
+    few = call_levels(flags(sampler="heun", s_churn=8.0), spaced)
+    assert few == call_levels(flags(**options | {"steps_by": "published"}, num_steps=10), full)
+    assert set(few) <= trained and not set(few) <= set(NoiseLevels(spaced).sigmas)
+    exact = call_levels(flags(**options, num_steps=10, fractional_t=True), process("linear"))
+    assert max(exact) == NoiseLevels(process("linear")).sigmas[-1]
+    assert len(set(exact) - set(NoiseLevels(process("linear")).sigmas)) > 5
+
+
+@pytest.mark.parametrize(("name", "by"), [("ancestral", "published"), ("unipc", "logsnr")])
+def test_steps_are_spread_as_suits_the_sampler(name, by):
+    """Without --steps_by: the published ones for the published samplers, else even log sigma."""
+    plain, named, other = (
+        call_levels(flags(sampler=name, num_steps=9, **given), process("cosine"))
+        for given in ({}, {"steps_by": by}, {"steps_by": "karras"})
+    )
+    assert plain == named != other
+
+
+def test_missing_flags_have_their_defaults():
+    """A program may give a few flags alone."""
+    args = Namespace(sampler="dpmpp_2m", num_steps=4, clip_denoised=False, class_cond=True)
+    diffusion = process("cosine")
+    _, model = run(args, diffusion, torch.zeros(2, dtype=torch.int64))
+    assert len(model.calls) == 4
+
+
+def test_a_respaced_process_is_not_respaced_again():
+    """For programs; the command line refuses it earlier."""
+    with pytest.raises(ValueError, match="the process keeps 10 of 1000 steps already"):
+        make_sampler(flags(num_steps=5), len, process(timestep_respacing="10"))
+
+
+@pytest.mark.parametrize("given", [{"class_cond": False}, {"dynamic_threshold": 0.9}])
+def test_samples_are_drawn_where_the_network_is(given):
+    """Also where a function stands around it: its parameters tell, if no device is given."""
+    seen = []
+
+    class Network(torch.nn.Linear):
+        def forward(self, x, t, y=None):
+            seen.append(x.device.type)
+            return super().forward(x)
+
+    args, network = flags(use_ddim=True, **given), Network(2, 2, device="meta")
+    diffusion = process(timestep_respacing="3")
+    sampler = make_sampler(args, network, diffusion, cond_fn=lambda x, t, y: x)
+    with suppress(NotImplementedError, RuntimeError):  # what has no content cannot be read
+        list(sampler.chain((1, 2), torch.randn_like, {"y": torch.zeros(1)}))
+    assert set(seen) == {"meta"}
 
 
 # --------------------------------------------------------------------------------------------
@@ -232,6 +312,16 @@ def test_clipping_bounds_the_estimate(name):
         ({"num_steps": 5, "timestep_respacing": "10"}, "both choose the steps"),
         ({"num_steps": 1001, "diffusion_steps": 1000}, "give at most that"),
         ({"steps_by": "karras"}, "--steps_by karras spreads --num_steps"),
+        ({"sampler": "heun", "s_tmin": 1.0}, "--s_tmin 1.0 is of the noise of --s_churn"),
+        (
+            {"sampler": "heun", "s_churn": 1.0, "s_tmin": 3.0, "s_tmax": 1.0},
+            "--s_tmin 3.0 is above",
+        ),
+        ({"guide_scale": 3.0}, "--guide_scale 3.0 scales --guide_model_path: give that, too"),
+        (
+            {"guide_scale": 1.0, "guide_model_path": "x.pt", "guidance_interval": "1,2"},
+            "--guidance_interval 1,2 limits guidance, but there is",
+        ),
         ({"fractional_t": True, "num_steps": 5}, "--fractional_t True needs --num_steps and"),
         ({"fractional_t": True, "sampler": "unipc"}, "--fractional_t True needs --num_steps and"),
         ({"eta": 0.5}, "--eta 0.5 is for --sampler ddim or dpmpp_2m_sde"),
@@ -254,6 +344,7 @@ def test_flags_that_do_not_go_together_are_named(given, told):
     [
         {}, {"use_ddim": True, "sampler": "ddim", "eta": 0.5},
         {"sampler": "heun", "s_churn": 3.0, "s_noise": 1.003, "num_steps": 9, "steps_by": "karras"},
+        {"sampler": "dpmpp_2m_sde", "s_noise": 1.003}, {"guide_model_path": "x", "guide_scale": 3},
         {"sampler": "unipc", "num_steps": 9, "fractional_t": True, "solver_order": 3},
         {"cfg_scale": 2.0, "class_cond": True, "label_dropout": 0.1, "guidance_interval": "1,2"},
         {"classifier_scale": 1.0, "guidance_interval": "0,inf"}, {"timestep_respacing": "250"},

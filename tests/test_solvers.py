@@ -230,6 +230,36 @@ def test_eta_sets_the_noise():
     assert 0 < apart[0] < apart[1] < apart[2]
 
 
+def test_the_sde_scales_its_noise():
+    """s_noise multiplies what is added: with x_start = 0 nothing else is left of it."""
+    sigmas = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    ends = [
+        SOLVERS["dpmpp_2m_sde"](
+            lambda x, sigma: torch.zeros_like(x), torch.zeros(1), sigmas, noise=torch.ones_like,
+            s_noise=scale,
+        ).item()
+        for scale in (1.0, 1.5)
+    ]  # fmt: skip
+    assert ends == pytest.approx([math.sqrt(0.75), 1.5 * math.sqrt(0.75)])
+
+
+def test_equal_steps_along_polynomials_of_the_noise_are_exact():
+    """Adams-Bashforth with k points integrates slopes of degree k - 1 (in sigma) exactly."""
+    sigmas = torch.linspace(6.0, 1.0, 6, dtype=torch.float64)
+    for degree in range(4):
+
+        def denoise(x, sigma, degree=degree):
+            return x - sigma * sigma**degree  # so that dx / d sigma = sigma^degree
+
+        samples = [torch.zeros(1, dtype=torch.float64)]
+        steps = []
+        SOLVERS["ipndm"](denoise, samples[0], sigmas, callback=steps.append)
+        samples += [out["sample"] for out in steps]
+        for i in range(degree, 5):  # where there are enough points
+            a, b = (float(sigma) ** (degree + 1) / (degree + 1) for sigma in sigmas[i : i + 2])
+            assert (samples[i + 1] - samples[i]).item() == pytest.approx(b - a)
+
+
 def test_churn_raises_the_level_as_asked():
     """By s_churn / N, at most by sqrt(2) - 1, only between s_tmin and s_tmax, and rounded."""
     seen, deviations = [], []
@@ -248,10 +278,8 @@ def test_churn_raises_the_level_as_asked():
     assert seen == [8, 4, 5, 2, 2.5, 1, 1]
     assert len(deviations) == 2
     # With x_start = 0 the sample shrinks in proportion to the level.
-    after_first = 1.1 * 3.0 * 2 / 5
-    expected = (after_first + 1.1 * 1.5) * 1 / 2.5
-    assert deviations[1].item() == pytest.approx(after_first)
-    assert x.item() == 0 and expected > 0
+    assert deviations[1].item() == pytest.approx(1.1 * 3.0 * 2 / 5)
+    assert x.item() == 0
     seen.clear()
     SOLVERS["heun"](watched, torch.zeros(1), sigmas, s_churn=1e9, round_sigma=round)
     assert seen == [11, 4, 6, 2, 3, 1, 1], "at most sqrt(2) times the level, rounded"
@@ -279,6 +307,23 @@ def test_levels_that_do_not_fall_are_refused(sigmas):
     """Such a grid is a mistake, whoever made it."""
     with pytest.raises(ValueError, match="sigmas must fall"):
         SOLVERS["ddim"](mixtures.denoise, mixtures.start(2), torch.tensor(sigmas))
+
+
+def test_unknown_solvers_and_orders_are_named():
+    """For programs, as the flags' checks do it for the command line."""
+    process = make()
+    with pytest.raises(ValueError, match="the solver must be one of ancestral, ddim, .*'euler'"):
+        solver_sample_loop(process, network(), (1, 3, 4, 4), "euler", [1.0, 0.0])
+    for name, order in [("unipc", 1), ("unipc", 4), ("dpmpp_2m", 0), ("dpmpp_3m", 4)]:
+        with pytest.raises(ValueError, match=f"order must be one of .*, got {order}"):
+            SOLVERS[name](mixtures.denoise, mixtures.start(2), [1.0, 0.0], order=order)
+
+
+def test_a_list_of_levels_keeps_all_digits():
+    """Numbers of Python are float64, too."""
+    level, seen = 70.35169347127567, []
+    SOLVERS["ddim"](lambda x, s: seen.append(float(s)) or x, mixtures.start(2), [level, 0.0])
+    assert seen == [level]
 
 
 def test_the_flags_name_the_solvers():
