@@ -252,9 +252,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--classifier", default="0,0.5,1,2,4", help="scales of classifier guidance; 0 is none")
     add("--cfg", default="1,1.5,2,3", help="scales without a classifier; 1 is none")
     add("--autoguidance", default="1,1.5,2,3", help="scales of autoguidance; 1 is none")
-    add("--sigmas", default="0.3,1,3,10", help="ends of intervals to try; '' for none")
+    add("--sigmas", default="0.3,1,3", help="ends of intervals to try; '' for none")
     add("--sampler", default="dpmpp_2m_sde", help=f"one of {', '.join(SAMPLERS)}")
-    add("--calls", type=positive, default=20, help="of the network, without guidance")
+    add("--calls", type=positive, default=10, help="of the network, without guidance")
     add_flags(parser, "runs/guidance_sweep")
     return parser.parse_args(argv)
 
