@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from guided_diffusion.flag_checks import (
     above,
     count,
+    count_or_unset,
     device_name,
     image_source,
     one_of,
@@ -58,7 +59,9 @@ class NetworkConfig:
     inception: str = flag(
         "", "classify_image_graph_def.pb, or a conversion of it to PyTorch (default: downloaded)"
     )
-    batch_size: int = flag(64, "images that it sees at once", check=count(10**6))
+    batch_size: int = flag(
+        -1, "images that it sees at once (-1: 64, on a CPU 4)", check=count_or_unset
+    )
     device: str = flag("", "cpu, cuda, cuda:N (default: cuda if there is one)", check=device_name)
     dist_timeout: float = flag(
         1800.0, "seconds after which a rank that waits for another gives up",
@@ -82,12 +85,17 @@ def parse(
     argv: Iterable[str] | None = None,
     positional: Sequence[str] = (),
 ) -> argparse.Namespace:
-    """Read a command line; a mistake ends the process. See `flag_parsing.read_flags`."""
+    """Read a command line; a mistake ends the process. See `flag_parsing.read_flags`.
+
+    Here what belongs to no flag may stand anywhere, and what is not set is None.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    return read_flags(
+    args = read_flags(
         description, *groups, argv=_front(words), positional=positional,
         expand=lambda given, values: {}, find_conflict=lambda flags: None,
     )  # fmt: skip
+    unset = {name: None for name, value in vars(args).items() if value in ("", -1)}
+    return argparse.Namespace(**vars(args) | unset)
 
 
 def _front(words: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from guided_diffusion import checkpoints
 from guided_diffusion.launchers import first_line
 
-from .features import Extractor, Features
+from .features import Extractor, Features, Report, ignore
 from .inception_weights import cache_folder
 
 NONE = "none"  # for --cache_dir
@@ -25,23 +25,29 @@ class FeatureCache:
     """Features by the content of images, in a folder.
 
     Args:
-        folder: "" for the usual one, "none" to keep nothing.
+        folder: None for the usual one, "none" to keep nothing.
         extractor: the network that sees the images.
-        batch_size: images that it sees at once.
+        batch_size: images that it sees at once; None means what suits its device.
     """
 
-    def __init__(self, folder: str, extractor: Extractor, batch_size: int):
-        folder = os.path.expanduser(folder) or os.path.join(cache_folder(), "features")
+    def __init__(self, folder: str | None, extractor: Extractor, batch_size: int | None = None):
+        folder = os.path.expanduser(folder or "") or os.path.join(cache_folder(), "features")
         self._folder = None if folder == NONE else os.path.join(folder, extractor.identity)
         self._extractor, self._batch_size = extractor, batch_size
 
-    def features(self, images: np.ndarray) -> Features:
-        """Return what the network sees in images, uint8 [n, H, W, 3], now or at an earlier time."""
+    def features(self, images: np.ndarray, report: Report = ignore) -> Features:
+        """Return what the network sees in images, now, or saw in them at an earlier time.
+
+        Args:
+            images: uint8 [n, H, W, 3].
+            report: told every now and then how many more are done.
+        """
         path = self._folder and os.path.join(self._folder, f"{_hash(images)}.npz")
         found = path and _read(path, len(images))
         if found:
+            report(len(images))
             return found
-        features = self._extractor(images, self._batch_size)
+        features = self._extractor(images, self._batch_size, report)
         if path and np.isfinite(features.pooled).all():
             self._write(path, features)
         return features

@@ -28,6 +28,13 @@ LITE_FEATURES = 1280
 MORE_LABELS = {"kernel_distance": "Kernel distance", "density": "Density", "coverage": "Coverage"}
 
 
+Report = Callable[[int], None]  # told how many images more are done
+
+
+def ignore(num_images: int) -> None:
+    """Do nothing with a report."""
+
+
 class Features(NamedTuple):
     """What a network sees in n images, as float32 tensors or arrays.
 
@@ -67,17 +74,35 @@ class Extractor:
     device: torch.device | str = "cpu"
 
     @property
+    def batch_size(self) -> int:
+        """How many images it had better see at once: on a CPU memory is the bottleneck."""
+        return 4 if torch.device(self.device).type == "cpu" else 64
+
+    @property
     def identity(self) -> str:
         """What the features depend on, besides the images."""
         return f"{self.name}-{EDITION}-{self.digest}"
 
-    def __call__(self, images: np.ndarray, batch_size: int) -> Features:
-        """Return the features of images, uint8 [n, H, W, 3], as arrays."""
+    def __call__(
+        self,
+        images: np.ndarray,
+        batch_size: int | None = None,
+        report: Report = ignore,
+    ) -> Features:
+        """Return the features of images, as arrays.
+
+        Args:
+            images: uint8 [n, H, W, 3].
+            batch_size: how many it sees at once; None means what suits its device.
+            report: told after each batch how many it saw.
+        """
+        batch_size = batch_size or self.batch_size
         parts = []
         with torch.inference_mode(), full_precision():
             for start in range(0, len(images), batch_size):
                 batch = torch.from_numpy(images[start : start + batch_size]).to(self.device)
                 parts.append(self.see(batch))
+                report(len(batch))
         joined = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
         return Features(*(None if x is None else x.float().cpu().numpy() for x in joined))
 

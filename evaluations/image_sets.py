@@ -18,7 +18,7 @@ from guided_diffusion.data_sources import Source, open_source
 from guided_diffusion.image_decoding import center_crop_arr
 from guided_diffusion.npz_rows import open_rows
 
-from .tables import count_broken
+from .checks import count_broken
 
 SUFFIXES = {"pooled": "", "spatial": "_s"}  # of mu and sigma in a file, by kind of features
 FEATURES = "features"  # the array that names the network, where it is not Inception

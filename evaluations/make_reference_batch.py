@@ -27,7 +27,7 @@ def main(argv=None):
     from evaluations import reference_batch
     from guided_diffusion import dist_util
 
-    with dist_util.process_group(args.device or None, args.dist_timeout):
+    with dist_util.process_group(args.device, args.dist_timeout):
         reference_batch.make(args)
 
 

@@ -55,14 +55,13 @@ def measure(
     mine = parts_of(len(images))[dist_util.get_rank() :: dist_util.get_world_size()]
     rows: list[tuple[range, dict[str, np.ndarray | None]]] = []
     seen: dict[str, Moments] = {}
-    what = images.flag.lstrip("-")
-    with dist_util.stage(f"looking at the {what}"), progress(what, len(images)) as bar:
+    what, world = images.flag.lstrip("-"), dist_util.get_world_size()
+    with dist_util.stage(f"looking at the {what}"), Progress(what, len(images), world) as bar:
         for part, pixels in read_ahead(images, mine):
-            features = cache.features(pixels)._asdict()
+            features = cache.features(pixels, bar.move)._asdict()
             add_moments(seen, features, moments, f"{images.flag} {images.path}")
             wanted = ["pooled"] + ["probabilities"] * probabilities
             rows.append((part, {kind: features[kind] for kind in wanted}))
-            bar.update(min(len(part) * dist_util.get_world_size(), bar.total - bar.n))
     return _join(rows, seen)
 
 
@@ -71,10 +70,30 @@ def parts_of(num_images: int) -> list[range]:
     return [range(start, min(start + PART, num_images)) for start in range(0, num_images, PART)]
 
 
-def progress(what: str, total: int, done: int = 0) -> tqdm:
-    """Return a bar over images, shown on rank 0."""
-    hide = not dist_util.is_main()
-    return tqdm(total=total, initial=done, unit="img", desc=what, disable=hide)
+class Progress:
+    """A bar over images with the time left, shown on rank 0.
+
+    Args:
+        what: one word on them.
+        total: their number.
+        ranks: how many ranks are at work on them, each as far as this one.
+        done: how many were done before.
+    """
+
+    def __init__(self, what: str, total: int, ranks: int = 1, done: int = 0):
+        hide = not dist_util.is_main()
+        self._bar = tqdm(total=total, initial=done, unit="img", desc=what, disable=hide)
+        self._ranks = ranks
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def move(self, images: int) -> None:
+        """Count so many images of this rank, and as many of each other one."""
+        self._bar.update(min(images * self._ranks, self._bar.total - self._bar.n))
 
 
 def add_moments(

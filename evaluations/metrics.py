@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .checks import ROWS, check_same_width, check_table, count_broken
 from .moments import Moments
 from .neighbours import density_coverage, precision_recall
-from .tables import ROWS, check_same_width, check_table, count_broken
 
 __all__ = [
     "density_coverage",

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .tables import check_table
+from .checks import check_table
 
 
 class Moments:

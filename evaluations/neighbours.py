@@ -16,7 +16,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .tables import check_same_width, check_table
+from .checks import check_same_width, check_table
 
 BLOCK_SIZE = 1024
 EPSILON = np.finfo(np.float64).eps

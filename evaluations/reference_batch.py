@@ -22,7 +22,7 @@ from guided_diffusion.data_sources import Source, open_source
 
 from .features import Extractor, load_extractor
 from .image_sets import FEATURES, SUFFIXES, CroppedImages, read_ahead
-from .measuring import add_moments, parts_of, progress
+from .measuring import Progress, add_moments, parts_of
 from .moments import Moments, merged
 
 SECTION = 5000  # images in one, at least
@@ -48,12 +48,13 @@ def make(args: argparse.Namespace) -> None:
         return
     source = open_source(args.data_dir, "--data_dir")
     images = CroppedImages(source, args.image_size)
-    extractor = load_extractor(args.features, args.inception or None)
+    extractor = load_extractor(args.features, args.inception)
+    batch_size = args.batch_size or extractor.batch_size
     if dist_util.is_main():
-        _begin(folder, _plan(args, source, extractor))
+        _begin(folder, _plan(args, source, extractor) | {"batch_size": batch_size})
     dist_util.barrier()
     sections = divide(len(images))
-    see(images, extractor, args.batch_size, folder, sections)
+    see(images, extractor, batch_size, folder, sections)
     dist_util.wait_patiently("waiting for the statistics of all ranks")
     if dist_util.is_main():
         _write(args, images, extractor, folder, len(sections))
@@ -87,7 +88,7 @@ def _plan(args: argparse.Namespace, source: Source, extractor: Extractor) -> dic
     names = hashlib.sha256()
     for name in source.names:
         names.update(os.fsencode(name) + b"\0")
-    flags = ("image_size", "num_images", "features", "batch_size")
+    flags = ("image_size", "num_images", "features")
     plan = {flag: getattr(args, flag) for flag in flags}
     plan |= {"images": len(source), "names": names.hexdigest(), "network": extractor.identity}
     if os.path.isfile(args.data_dir):
@@ -138,15 +139,14 @@ def see(
     states = {number: _load(_path(folder, number)) for number in numbers}
     total = sum(len(part) for number in numbers for part in sections[number])
     done = sum(len(part) for n in numbers for part in sections[n][: states[n][0]])
-    with dist_util.stage("looking at the images"), progress("images", total, done) as bar:
+    with dist_util.stage("looking at the images"), Progress("images", total, done=done) as bar:
         for number in numbers:
             num_done, seen = states.pop(number)
             saved = time.monotonic()
-            for part, pixels in read_ahead(images, sections[number][num_done:]):
-                features = extractor(pixels, batch_size)._asdict()
+            for _, pixels in read_ahead(images, sections[number][num_done:]):
+                features = extractor(pixels, batch_size, bar.move)._asdict()
                 add_moments(seen, features, [*extractor.distances], "the images")
                 num_done += 1
-                bar.update(len(part))
                 is_last = num_done == len(sections[number])
                 if is_last or time.monotonic() > saved + SAVE_EVERY:
                     _save(_path(folder, number), num_done, seen)
@@ -217,8 +217,8 @@ def _pick(images: CroppedImages, num: int, folder: str) -> np.ndarray:
     shape = (num, *images.size, 3)
     picked = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     numbers = [len(images) * i // num for i in range(num)]
-    with progress("writing", num) as bar:
+    with Progress("writing", num) as bar:
         for part in parts_of(num):
             picked[part.start : part.stop] = images.read(numbers[part.start : part.stop])
-            bar.update(len(part))
+            bar.move(len(part))
     return picked

@@ -39,7 +39,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     start = time.monotonic()
     sets = {name: open_images(getattr(args, name), f"--{name}", MIN_IMAGES) for name in SETS}
-    extractor = load_extractor(args.features, args.inception or None)
+    extractor = load_extractor(args.features, args.inception)
     stored = {name: stored_statistics(images, extractor) for name, images in sets.items()}
     cache = FeatureCache(args.cache_dir, extractor, args.batch_size)
     seen = {
@@ -156,21 +156,21 @@ def _warnings(sets: dict, stored: dict, seen: dict, extractor: Extractor) -> Ite
     distance = extractor.labels[extractor.distances["pooled"]]
     for name, images in sets.items():
         dim, num = seen[name].pooled.shape[1], len(images)
-        if "pooled" in seen[name].moments and num <= dim:
-            yield (
-                f"warning: the {name} has {num} images for {dim} features: its covariance is "
-                f"singular, and {distance} much too large"
-            )
         if images.features != extractor.name and images.statistics("pooled"):
             yield (
                 f"warning: the {name} holds statistics of {images.features} features: computed "
                 "from its images instead"
             )
-    if len(sets["sample"]) < USUAL:
-        yield (
-            f"warning: {len(sets['sample'])} samples: {distance} grows as their number falls, so "
-            f"compare only what was made from as many; published figures are of {USUAL}"
-        )
+        if "pooled" in seen[name].moments and num <= dim:
+            yield (
+                f"warning: the {name} has {num} images for {dim} features: its covariance is "
+                f"singular, and {distance} much too large"
+            )
+        elif name == "sample" and num < USUAL:
+            yield (
+                f"warning: {num} samples: {distance} grows as their number falls, so compare only "
+                f"what was made from as many; published figures are of {USUAL}"
+            )
     if sets["reference"].size != sets["sample"].size:
         yield "warning: reference and sample have different sizes, which the scores will see"
 

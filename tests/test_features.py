@@ -11,6 +11,7 @@ import torch
 from launching import ROOT
 from PIL import Image
 from test_inception import SHAPES, converted, make_constant
+from test_layers import imported_files
 
 from evaluations import features, measuring
 from evaluations.command_line import NetworkConfig
@@ -115,6 +116,10 @@ def test_efficientnet_sees_on_its_own():
     assert found.spatial is None and found.probabilities is None
     alone = extractor(images[1:2], batch_size=1)
     np.testing.assert_allclose(alone.pooled, found.pooled[1:2], atol=1e-4)
+    large = torch.from_numpy(draw(1, size=224))  # needs no resize; the means are those of training
+    network = extractor.see.args[0]
+    direct = network.extract_features((large.permute(0, 3, 1, 2) - 127.0) / 128).mean(dim=(2, 3))
+    np.testing.assert_allclose(extractor(large.numpy(), 1).pooled, direct, atol=1e-4)
     assert extractor.identity == load_extractor("efficientnet_lite0").identity
 
 
@@ -176,7 +181,7 @@ def test_other_weights_have_other_features(tmp_path):
 def test_none_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path))
     extractor, counts = counting()
-    for folder in ("none", "none", "", ""):
+    for folder in ("none", "none", None, None):
         FeatureCache(folder, extractor, 2).features(draw(2))
     assert counts == [2, 2, 2] and [path.name for path in tmp_path.iterdir()] == ["features"]
 
@@ -301,3 +306,13 @@ def test_the_name_of_no_module_hides_another():
     """Programs here are run by path, so their folder comes first where modules are looked for."""
     names = {path.stem for path in (ROOT / "evaluations").glob("*.py")}
     assert not names & set(sys.stdlib_module_names)
+
+
+def test_a_small_part_of_the_package_is_leant_on():
+    """Ranks, flags, files and readers of images; no networks, no processes, no training."""
+    found = set().union(
+        *(imported_files(path.read_text()) for path in (ROOT / "evaluations").glob("*.py"))
+    )
+    assert found <= {"checkpoints", "data_sources", "dist_util", "flag_checks", "flag_parsing"} | {
+        "image_decoding", "launchers", "npz_rows",
+    }  # fmt: skip
