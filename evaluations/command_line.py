@@ -77,6 +77,9 @@ class CacheConfig:
         "", "a folder, or none (default: features in $GUIDED_DIFFUSION_CACHE or ~/.cache)",
         check=output_folder,
     )  # fmt: skip
+    cache_gb: float = flag(
+        10.0, "most gigabytes to keep there; what was not used for long goes first", check=above(0)
+    )
 
 
 def parse(

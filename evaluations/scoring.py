@@ -20,7 +20,7 @@ from guided_diffusion import checkpoints, dist_util
 from . import metrics
 from .feature_cache import FeatureCache
 from .features import Extractor, load_extractor
-from .image_sets import Gaussian, ImageSet, open_images
+from .image_sets import SUFFIXES, Gaussian, ImageSet, open_images
 from .measuring import Measured, measure
 
 MIN_IMAGES = 4  # k + 1 for the neighbours of precision and recall
@@ -52,8 +52,10 @@ def evaluate(args: argparse.Namespace) -> None:
         for name, images in sets.items()
     }
     if dist_util.is_main():
+        cache.trim(args.cache_gb * 1e9)
         for line in [*_describe(sets, stored, seen), *_warnings(sets, stored, seen, extractor)]:
             print(line, file=sys.stderr, flush=True)
+        print("Computing evaluations...", file=sys.stderr, flush=True)
         scores = compute(seen, stored, extractor, more=args.more_scores)
         report = scores | _circumstances(sets, stored, extractor, time.monotonic() - start)
         for key, value in scores.items():
@@ -73,10 +75,10 @@ def stored_statistics(images: ImageSet, extractor: Extractor) -> dict[str, Gauss
     Raises:
         ValueError: they are no statistics, or those of other features.
     """
+    found = {kind: images.statistics(kind) for kind in SUFFIXES}
+    found = {kind: gaussian for kind, gaussian in found.items() if gaussian is not None}
     if images.features != extractor.name:
         return {}
-    found = {kind: images.statistics(kind) for kind in extractor.distances}
-    found = {kind: gaussian for kind, gaussian in found.items() if gaussian is not None}
     for kind, gaussian in found.items():
         if len(gaussian.mu) != extractor.widths[kind]:
             raise images.error(

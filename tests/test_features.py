@@ -1,8 +1,10 @@
 """Networks by name, features kept by content, and one pass over a set on any number of ranks."""
 
 import builtins
+import os
 import sys
 from dataclasses import fields
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -245,6 +247,29 @@ def test_a_kill_leaves_no_half_features(tmp_path):
     for _ in range(2):
         FeatureCache(str(tmp_path), extractor, 9).features(pixels)
     assert counts == [3, 3]
+
+
+def test_what_nobody_asked_for_lately_makes_room(tmp_path):
+    """The oldest files go until the rest fits; those of others stay, whatever they are called."""
+    extractor, counts = counting()
+    cache, sets = FeatureCache(str(tmp_path), extractor), [draw(2, seed=seed) for seed in range(3)]
+    other = FeatureCache(str(tmp_path), Extractor(**vars(extractor) | {"digest": "1" * 64}))
+    for network, pixels in [(cache, 2), (cache, 1), (other, 0), (cache, 0)]:
+        network.features(sets[pixels])
+        for path in tmp_path.rglob("*.npz"):
+            os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**12))
+    strangers = [tmp_path / "a.npz", next(tmp_path.glob("*/")) / "mine.npz"]
+    for path in strangers:
+        path.write_bytes(b"0" * 10**6)
+    sizes = {path.stat().st_size for path in tmp_path.glob("*/*.npz") if path not in strangers}
+    assert len(sizes) == 1 and counts == [2] * 4
+    cache.features(sets[2])  # the oldest, until it is asked for
+    cache.trim(3 * sizes.pop())
+    assert len([*tmp_path.glob("*/*.npz")]) == 3 + 1 and all(map(Path.exists, strangers))
+    cache.features(sets[2]), cache.features(sets[0]), other.features(sets[0])
+    assert counts == [2] * 4
+    cache.features(sets[1])
+    assert counts == [2] * 5
 
 
 # -- one pass over a set ---------------------------------------------------------------------------
