@@ -120,7 +120,7 @@ def test_the_name_of_a_folder_tells_its_configuration(programs):
 def test_guidances_have_names_of_their_own_and_no_guidance_has_one(programs):
     """All scales that guide nothing share a set; intervals and scales show in the name."""
     guiding = programs.guidance_sweep
-    args, levels = guiding.parse([]), [0.1, 1.0, 10.0]
+    args, levels = guiding.parse(["--calls", "20"]), [0.1, 1.0, 10.0]
     many = [
         guiding.Guidance(kind, scale, *ends)
         for kind in guiding.KINDS for scale in (1.5, 2.0) for ends in ((), (0.2,), (0.0, 5.0))
@@ -306,6 +306,7 @@ def test_guidance_is_searched_scale_first_then_high_then_low(programs, flags, mo
 def test_guidance_sweep_reports_calls(programs, flags, capsys, tmp_path):
     """Without guidance 20 calls; half of the steps guided 10 more, of the network or beside it."""
     options = ["--cfg", "1,2", "--classifier", "0,1", "--kinds", "cfg,classifier", "--sigmas", "1"]
+    options += ["--calls", "20"]
     assert programs.guidance_sweep.main([*flags, *options]) == 0
     commands = drawn(programs)
     assert len(set(commands)) == len(commands) >= 1 + 2 + 2  # no guidance, all of it, some of it
