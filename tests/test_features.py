@@ -2,6 +2,7 @@
 
 import builtins
 import os
+import re
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -341,3 +342,18 @@ def test_a_small_part_of_the_package_is_leant_on():
     assert found <= {"checkpoints", "data_sources", "dist_util", "flag_checks", "flag_parsing"} | {
         "image_decoding", "launchers", "npz_rows",
     }  # fmt: skip
+
+
+def test_files_stand_in_layers():
+    """A file imports only files that the README names before it, and the README names them all."""
+    folder = ROOT / "evaluations"
+    listed = (folder / "README.md").read_text().rpartition("```\n")[0].rpartition("```\n")[2]
+    order = re.findall(r"(\w+)\.py", listed)
+    assert set(order) == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    for name in order:
+        source = (folder / f"{name}.py").read_text()
+        found = re.findall(r"^ *from (?:\.|evaluations)(\w*) import (.*)", source, re.M)
+        names = {
+            word for module, rest in found for word in ([module] if module else rest.split(", "))
+        }
+        assert names <= set(order[: order.index(name)]), name
