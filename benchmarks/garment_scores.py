@@ -7,7 +7,7 @@ layer of the judge (fashion_classifier.py) sees:
   another network, and cannot be compared with one; nor can distances of other numbers of samples.
 * accuracy: how often the judge sees the requested label.
 * precision and recall: with k = 3, between 2,000 real test images, evenly spaced, and up to 2,000
-  samples, the first. That takes a second or two; 10,000 against 10,000 would take a minute.
+  samples, the first. That takes a second or two.
 """
 
 import hashlib

@@ -13,6 +13,8 @@ DOCS = (
     "datasets/README.md",
     "docs/sampling.md",
     "docs/editing.md",
+    "docs/samplers.md",
+    "evaluations/README.md",
 )
 FLAGS = {f.name for f in config.all_fields()}
 
