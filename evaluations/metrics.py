@@ -17,6 +17,9 @@ from .checks import ROWS, check_same_width, check_table, count_broken
 from .moments import Moments
 from .neighbours import density_coverage, precision_recall
 
+ASYMMETRY = 1e-4  # of a covariance, relative to its largest entry, that rounding may have left
+NEGATIVE = 1e-3  # eigenvalue, relative to the largest one: what float16 leaves of 0
+
 __all__ = [
     "density_coverage",
     "frechet_distance",
@@ -48,29 +51,50 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     the root is the sum of these singular values: all is real, and S may be singular.
 
     Raises:
-        ValueError: a shape does not fit, or a number is not finite.
+        ValueError: a shape does not fit, a number is not real or not finite, or a sigma is no
+            covariance: not symmetric, or with variances below 0.
     """
-    arrays = {"mu1": mu1, "sigma1": sigma1, "mu2": mu2, "sigma2": sigma2}
-    mu1, sigma1, mu2, sigma2 = (np.asarray(array, np.float64) for array in arrays.values())
-    shapes = [mu1.shape, sigma1.shape, mu2.shape, sigma2.shape]
-    dim = mu1.size
-    if dim == 0 or shapes != [(dim,), (dim, dim)] * 2:
-        raise ValueError(
-            f"mu1, sigma1, mu2, sigma2 must be [D], [D, D], [D], [D, D], got {shapes}: "
-            "do both sets come from the same features?"
-        )
-    for name, array in zip(arrays, (mu1, sigma1, mu2, sigma2), strict=True):
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} has {count_broken(array)} values that are not finite")
-    product = _factor(sigma1).T @ _factor(sigma2)
+    given = {"mu1": mu1, "sigma1": sigma1, "mu2": mu2, "sigma2": sigma2}
+    mu1, sigma1, mu2, sigma2 = _check_gaussians(given)
+    product = _factor(sigma1, "sigma1").T @ _factor(sigma2, "sigma2")
     roots = np.linalg.svd(product, compute_uv=False) if product.size else np.zeros(1)
     traces = np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum()
     return max(0.0, float(np.square(mu1 - mu2).sum() + traces))  # rounding may go below 0
 
 
-def _factor(sigma: np.ndarray) -> np.ndarray:
-    """Return F [D, R] with F F^T = sigma, of a symmetric matrix of rank R, none of it negative."""
+def _check_gaussians(given: dict[str, ArrayLike]) -> list[np.ndarray]:
+    """Return mu1, sigma1, mu2 and sigma2 as float64, or raise a ValueError that names one."""
+    arrays = {name: np.asarray(array) for name, array in given.items()}
+    shapes = [array.shape for array in arrays.values()]
+    dim = arrays["mu1"].size
+    if dim == 0 or shapes != [(dim,), (dim, dim)] * 2:
+        raise ValueError(
+            f"mu1, sigma1, mu2, sigma2 must be [D], [D, D], [D], [D, D], got {shapes}: "
+            "do both sets come from the same features?"
+        )
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{name} must hold real numbers, got {array.dtype}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has {count_broken(array)} values that are not finite")
+    return [array.astype(np.float64, copy=False) for array in arrays.values()]
+
+
+def _factor(sigma: np.ndarray, name: str) -> np.ndarray:
+    """Return F [D, R] with F F^T = sigma, a covariance [D, D] of rank R.
+
+    Raises:
+        ValueError: it is not symmetric, or has an eigenvalue below 0; `name` is what the error
+            calls it. Both to the rounding of float16.
+    """
+    if np.abs(sigma - sigma.T).max() > ASYMMETRY * np.abs(sigma).max():
+        raise ValueError(f"{name} is no covariance, since it is not symmetric: compute it again")
     eigenvalues, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
+    if eigenvalues[0] < -NEGATIVE * abs(eigenvalues[-1]):
+        raise ValueError(
+            f"{name} is no covariance, since its eigenvalues run from {eigenvalues[0]:.3g} to "
+            f"{eigenvalues[-1]:.3g} and none may be below 0: compute it again"
+        )
     # What is smaller is rounding, whose root is not small. (Of fewer images than features most is.)
     kept = eigenvalues > eigenvalues[-1] * len(sigma) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(eigenvalues[kept])

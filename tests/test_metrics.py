@@ -138,6 +138,32 @@ def test_frechet_distance_to_a_single_point(rng):
     assert frechet_distance(mu, nothing, mu + 1, nothing) == pytest.approx(6)
 
 
+@pytest.mark.parametrize(
+    ("sigma", "words"),
+    [
+        (-np.eye(3), "sigma2 is no covariance, since its eigenvalues run from -1 to -1"),
+        (np.diag([1.0, 1, -0.01]), "sigma2 is no covariance, since its eigenvalues"),
+        (np.eye(3) + np.eye(3, k=1), "sigma2 is no covariance, since it is not symmetric"),
+        (np.eye(3) * 1j, "sigma2 must hold real numbers, got complex128"),
+        (np.eye(3) > 0, "sigma2 must hold real numbers, got bool"),
+        (np.eye(3).astype(str), "sigma2 must hold real numbers, got <U"),
+    ],
+)
+def test_what_is_no_covariance_has_no_distance(sigma, words):
+    """Their distance would be a number, and 0 for two of -1."""
+    with pytest.raises(ValueError, match=words) as error:
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(3), sigma)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_rounded_covariances_have_a_distance(rng, kind):
+    """Also those of few images, whose many eigenvalues of 0 are rounded to below 0."""
+    one, other = (mean_and_covariance(rng.normal(size=(10, 300)) + i) for i in (0, 1))
+    rounded = [array.astype(kind) for array in (*one, *other)]
+    assert frechet_distance(*rounded) == pytest.approx(frechet_distance(*one, *other), rel=0.02)
+
+
 # -- precision and recall --------------------------------------------------------------------------
 
 
