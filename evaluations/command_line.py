@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from guided_diffusion.flag_checks import (
     above,
     count,
-    count_or_unset,
     device_name,
     image_source,
     one_of,
+    or_unset,
     output_file,
     output_folder,
 )
 from guided_diffusion.flag_parsing import flag, read_flags
+from guided_diffusion.launchers import first_line
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class NetworkConfig:
         "", "classify_image_graph_def.pb, or a conversion of it to PyTorch (default: downloaded)"
     )
     batch_size: int = flag(
-        -1, "images that it sees at once (-1: 64, on a CPU 4)", check=count_or_unset
-    )
+        -1, "images that it sees at once (-1: 64, on a CPU 4)",
+        check=or_unset(-1, count(256)),  # measuring.PART: more are never read together
+    )  # fmt: skip
     device: str = flag("", "cpu, cuda, cuda:N (default: cuda if there is one)", check=device_name)
     dist_timeout: float = flag(
         1800.0, "seconds after which a rank that waits for another gives up",
@@ -99,6 +101,12 @@ def parse(
     )  # fmt: skip
     unset = {name: None for name, value in vars(args).items() if value in ("", -1)}
     return argparse.Namespace(**vars(args) | unset)
+
+
+def reason_of(error: Exception) -> str:
+    """Return why a file cannot be written, in the words of the system if it has any."""
+    cause = error.__cause__ or error
+    return getattr(cause, "strerror", None) or first_line(cause)
 
 
 def _front(words: list[str]) -> list[str]:

@@ -22,6 +22,7 @@ from .checks import count_broken
 
 SUFFIXES = {"pooled": "", "spatial": "_s"}  # of mu and sigma in a file, by kind of features
 FEATURES = "features"  # the array that names the network, where it is not Inception
+MIN_IMAGES = 4  # k + 1 for the neighbours of precision and recall
 READERS = 8  # threads that decode, at most
 
 

@@ -68,9 +68,14 @@ class Moments:
 
 
 def merged(parts: Iterable[Moments]) -> Moments:
-    """Return the moments of all rows of some parts, of which there is at least one."""
-    first, *others = parts
-    whole = Moments(len(first.mean))
-    for part in (first, *others):
+    """Return the moments of all rows of some parts, of which there is at least one.
+
+    Parts may be made one by one: none is kept after it has been added.
+    """
+    whole = None
+    for part in parts:
+        whole = whole or Moments(len(part.mean))
         whole.merge(part)
+        del part  # before the next one is made
+    assert whole is not None, "no parts"
     return whole

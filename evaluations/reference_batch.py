@@ -11,17 +11,21 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
+import re
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
 
 from guided_diffusion import checkpoints, dist_util
+from guided_diffusion.checkpoint_sets import reserved
 from guided_diffusion.data_sources import Source, open_source
 
+from .command_line import reason_of
 from .features import Extractor, load_extractor
-from .image_sets import FEATURES, SUFFIXES, CroppedImages, read_ahead
+from .image_sets import FEATURES, MIN_IMAGES, SUFFIXES, CroppedImages, read_ahead
 from .measuring import Progress, add_moments, parts_of
 from .moments import Moments, merged
 
@@ -30,6 +34,7 @@ MAX_SECTIONS = 32  # each takes up to 66 MB
 SAVE_EVERY = 30.0  # seconds
 ENDING = ".parts"  # of the folder beside the npz
 PLAN, IMAGES, BATCH = "plan.json", "arr_0.npy", "batch.npz"  # files in it
+OWN = re.compile(r"(plan\.json|section\d+\.npz|arr_0\.npy|batch\.npz)(\.tmp\d+)?")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -39,37 +44,47 @@ def make(args: argparse.Namespace) -> None:
         args: the flags of make_reference_batch.py. Of fewer images than num_images all are taken.
 
     Raises:
-        ValueError: the images cannot be read, the file is there already, or the folder beside it
-            is of a run with other flags.
+        ValueError: the images cannot be read or are too few, the file is there already, or the
+            folder beside it is in use, of a run with other flags, or of no run at all.
+        OSError: the file or the folder cannot be written.
     """
     folder = f"{os.path.abspath(args.out)}{ENDING}"
     if dist_util.any_rank(os.path.exists(args.out)):
         _clean(args.out, folder)
         return
     source = open_source(args.data_dir, "--data_dir")
+    if len(source) < MIN_IMAGES:
+        raise source.error(f"holds {len(source)} images: at least {MIN_IMAGES} are needed")
     images = CroppedImages(source, args.image_size)
     extractor = load_extractor(args.features, args.inception)
     batch_size = args.batch_size or extractor.batch_size
-    if dist_util.is_main():
-        _begin(folder, _plan(args, source, extractor) | {"batch_size": batch_size})
-    dist_util.barrier()
     sections = divide(len(images))
-    see(images, extractor, batch_size, folder, sections)
-    dist_util.wait_patiently("waiting for the statistics of all ranks")
-    if dist_util.is_main():
-        _write(args, images, extractor, folder, len(sections))
-    dist_util.wait_patiently("waiting for the reference batch")
+    with _own(folder, args.out):
+        if dist_util.is_main():
+            plan = _plan(args, source, extractor) | {"batch_size": batch_size}
+            _begin(folder, plan, args.out)
+        dist_util.barrier()
+        see(images, extractor, batch_size, folder, sections)
+        dist_util.wait_patiently("waiting for the statistics of all ranks")
+        if dist_util.is_main():
+            _write(args, images, extractor, folder, len(sections))
+        dist_util.wait_patiently("waiting for the reference batch")
 
 
 def _clean(path: str, folder: str) -> None:
     """Remove the folder of a finished run that was killed before it could; else complain."""
-    dist_util.barrier()
-    if not os.path.isdir(folder):
-        raise ValueError(f"--out {path} exists: choose another name, or remove it")
-    if dist_util.is_main():
-        shutil.rmtree(folder)
-        print(f"{path} is complete")
-    dist_util.barrier()
+    if not dist_util.any_rank(os.path.isdir(folder)):
+        raise _exists(path)
+    with _own(folder, path):
+        if dist_util.is_main():
+            _check_is_ours(folder)
+            _remove(folder)
+            print(f"{path} is complete")
+        dist_util.barrier()
+
+
+def _exists(path: str) -> ValueError:
+    return ValueError(f"--out {path} exists: choose another name, or remove it")
 
 
 def divide(num_images: int) -> list[list[range]]:
@@ -78,6 +93,61 @@ def divide(num_images: int) -> list[list[range]]:
     num_sections = max(1, min(MAX_SECTIONS, num_images // SECTION, len(parts)))
     ends = [len(parts) * i // num_sections for i in range(num_sections + 1)]
     return [parts[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+
+
+# --------------------------------------------------------------------------------------------
+# The folder, while the file is not there yet
+
+
+@contextmanager
+def _own(folder: str, out: str) -> Iterator[None]:
+    """Make the folder and keep other runs out of it within the block; all ranks enter it.
+
+    Raises:
+        ValueError: another run has it.
+        OSError: it, or something within the block, cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(reserved(folder))
+        except ValueError as error:
+            if not isinstance(error.__cause__, (BlockingIOError, FileNotFoundError)):
+                raise _unwritable(out, error) from error
+            raise ValueError(
+                f"{folder} is in use by another run: wait for its end, or choose another --out"
+            ) from error
+        try:
+            yield
+        except ConnectionError:  # to another rank, or to whoever reads what is printed
+            raise
+        except OSError as error:
+            raise _unwritable(out, error) from error
+
+
+def _unwritable(out: str, error: Exception) -> OSError:
+    return OSError(
+        f"--out {out} or {os.path.basename(out)}{ENDING} beside it cannot be written "
+        f"({reason_of(error)}): make room there and repeat the command, or choose another --out"
+    )
+
+
+def _check_is_ours(folder: str) -> None:
+    """Raise a ValueError if a folder holds something, and no run of this program has made it."""
+    names = os.listdir(folder)
+    begun = all(name.startswith(f"{PLAN}.tmp") for name in names)  # killed at its first file
+    if PLAN not in names and not begun:
+        raise ValueError(
+            f"{folder} holds files of something else: move it away, or choose another --out"
+        )
+
+
+def _remove(folder: str) -> None:
+    """Remove a run's own files, the plan last, and the folder if nothing else is in it."""
+    names = filter(OWN.fullmatch, os.listdir(folder))
+    for name in sorted(names, key=lambda name: name == PLAN):
+        os.remove(os.path.join(folder, name))
+    with suppress(OSError):
+        os.rmdir(folder)
 
 
 # --------------------------------------------------------------------------------------------
@@ -96,11 +166,14 @@ def _plan(args: argparse.Namespace, source: Source, extractor: Extractor) -> dic
     return plan
 
 
-def _begin(folder: str, plan: dict[str, Any]) -> None:
-    """Make the folder with its plan, or compare the plan of the folder that is there."""
+def _begin(folder: str, plan: dict[str, Any], out: str) -> None:
+    """Put the plan into an empty folder, or compare the plan that is there."""
     path = os.path.join(folder, PLAN)
+    _check_is_ours(folder)
+    if os.path.exists(out):  # another run has ended while this one waited for the folder
+        _remove(folder)
+        raise _exists(out)
     if not os.path.exists(path):
-        os.makedirs(folder, exist_ok=True)
         checkpoints.write_bytes(path, json.dumps(plan).encode())
         return
     try:
@@ -136,12 +209,14 @@ def see(
         sections: the parts of each.
     """
     numbers = range(dist_util.get_rank(), len(sections), dist_util.get_world_size())
-    states = {number: _load(_path(folder, number)) for number in numbers}
+    before = {number: _load(_path(folder, number), kinds=())[0] for number in numbers}
     total = sum(len(part) for number in numbers for part in sections[number])
-    done = sum(len(part) for n in numbers for part in sections[n][: states[n][0]])
+    done = sum(len(part) for number in numbers for part in sections[number][: before[number]])
     with dist_util.stage("looking at the images"), Progress("images", total, done=done) as bar:
         for number in numbers:
-            num_done, seen = states.pop(number)
+            if before[number] == len(sections[number]):
+                continue
+            num_done, seen = _load(_path(folder, number))
             saved = time.monotonic()
             for _, pixels in read_ahead(images, sections[number][num_done:]):
                 features = extractor(pixels, batch_size, bar.move)._asdict()
@@ -165,14 +240,14 @@ def _save(path: str, num_done: int, seen: dict[str, Moments]) -> None:
     checkpoints.write_file(path, lambda file: np.savez(file, **arrays))
 
 
-def _load(path: str) -> tuple[int, dict[str, Moments]]:
-    """Return how many parts of a section were seen, and what."""
+def _load(path: str, kinds: Iterable[str] = tuple(SUFFIXES)) -> tuple[int, dict[str, Moments]]:
+    """Return how many parts of a section were seen, and what, as far as those kinds go."""
     if not os.path.exists(path):
         return 0, {}
     try:
         with np.load(path, allow_pickle=False) as npz:
             seen = {}
-            for kind in SUFFIXES:
+            for kind in kinds:
                 if f"{kind}_count" in npz.files:
                     moments = seen[kind] = Moments(0)
                     moments.count = int(npz[f"{kind}_count"])
@@ -196,9 +271,9 @@ def _write(
     """Put the statistics of all sections and some evenly spread images into the npz."""
     num = min(args.num_images, len(images))
     arrays: dict[str, np.ndarray] = {"arr_0": _pick(images, num, folder)}
-    seen = [_load(_path(folder, number))[1] for number in range(num_sections)]
     for kind in extractor.distances:
-        moments = merged(of_section[kind] for of_section in seen)
+        paths = (_path(folder, number) for number in range(num_sections))
+        moments = merged(_load(path, kinds=[kind])[1][kind] for path in paths)
         arrays[f"mu{SUFFIXES[kind]}"] = moments.mean
         arrays[f"sigma{SUFFIXES[kind]}"] = moments.covariance()
     if extractor.name != "inception":
@@ -206,7 +281,7 @@ def _write(
     path = os.path.join(folder, BATCH)
     checkpoints.write_file(path, lambda file: np.savez(file, **arrays))
     os.replace(path, args.out)
-    shutil.rmtree(folder)
+    _remove(folder)
     shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
     print(f"saved {os.path.abspath(args.out)}: {shapes}; statistics of {len(images)} images")
 

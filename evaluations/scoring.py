@@ -18,12 +18,12 @@ import torch
 from guided_diffusion import checkpoints, dist_util
 
 from . import metrics
+from .command_line import reason_of
 from .feature_cache import FeatureCache
 from .features import Extractor, load_extractor
-from .image_sets import SUFFIXES, Gaussian, ImageSet, open_images
+from .image_sets import MIN_IMAGES, SUFFIXES, Gaussian, ImageSet, open_images
 from .measuring import Measured, measure
 
-MIN_IMAGES = 4  # k + 1 for the neighbours of precision and recall
 USUAL = 50_000  # samples behind a published FID
 SETS = ("reference", "sample")
 
@@ -108,7 +108,11 @@ def compute(
         scores["inception_score"] = metrics.inception_score(sample.probabilities)
     for kind, key in extractor.distances.items():
         one, other = (stored[name].get(kind) or _gaussian(seen[name], kind) for name in SETS)
-        scores[key] = metrics.frechet_distance(*one, *other)
+        try:
+            scores[key] = metrics.frechet_distance(*one, *other)
+        except ValueError as error:
+            label = extractor.labels[key]
+            raise ValueError(f"{label} of reference (1) and sample (2): {error}") from error
     neighbours = {"device": _precise_device()}
     pair = reference.pooled, sample.pooled
     scores["precision"], scores["recall"] = metrics.precision_recall(*pair, **neighbours)
@@ -134,10 +138,18 @@ def _precise_device() -> torch.device:
 
 
 def write_json(path: str, report: dict[str, Any]) -> None:
-    """Write scores and circumstances, all or nothing, into a folder that is made if need be."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    """Write scores and circumstances, all or nothing, into a folder that is made if need be.
+
+    Raises:
+        OSError: they cannot be written; one line that names the flag.
+    """
     text = json.dumps(report, indent=2, allow_nan=False)
-    checkpoints.write_bytes(path, f"{text}\n".encode())
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        checkpoints.write_bytes(path, f"{text}\n".encode())
+    except OSError as error:
+        remedy = "make room there, or choose another file; the scores are those printed above"
+        raise OSError(f"--json {path} cannot be written ({reason_of(error)}): {remedy}") from error
 
 
 def _source(stored: dict[str, Gaussian], kind: str) -> str:

@@ -238,7 +238,8 @@ def few(folder):
         ("--sample is missing", None, ()),
         ("unrecognized arguments", "ours.npz", ("third.npz",)),
         ("--json folder/scores.txt must end in .json", "ours.npz", ("--json", "folder/scores.txt")),
-        ("--batch_size 0 must be positive", "ours.npz", ("--batch_size", "0")),
+        ("--batch_size 0 must be at least 1", "ours.npz", ("--batch_size", "0")),
+        ("--batch_size 257 must be at most 256", "ours.npz", ("--batch_size", "257")),
         ("--features vgg must be one of", "ours.npz", ("--features", "vgg")),
         ("--device cuda:77 is not available", "ours.npz", ("--device", "cuda:77")),
         ("of no use to --features", "ours.npz", ("--features=efficientnet_lite0", "--inception=x")),
@@ -269,7 +270,17 @@ def test_scores_are_printed_even_if_they_cannot_be_written(pair, tmp_path):
     with mock.patch("guided_diffusion.checkpoints._write_local", side_effect=OSError(28, "full")):
         done = run_here(evaluator.main, real, ours, "--json", json_path, "--cache_dir", "none")
     assert done.code == 1 and list(scores_of(done.out)) == LABELS
-    assert "scores.json cannot be written" in done.err and not json_path.exists()
+    assert f"--json {json_path} cannot be written (full): make room there" in done.err
+    assert "--log_dir" not in done.err and not json_path.exists()
+
+
+def test_stored_statistics_that_are_none_have_no_fid(pair, tmp_path):
+    """Two sets with the same broken statistics are not at distance 0."""
+    broken = {"mu": np.zeros(6), "sigma": -np.eye(6)}
+    np.savez(tmp_path / "broken.npz", arr_0=pair[1][0], **broken)
+    done = run_here(evaluator.main, tmp_path / "broken.npz", tmp_path / "broken.npz")
+    assert done.code == 1 and done.out == "" and "Traceback" not in done.err
+    assert "FID of reference (1) and sample (2): sigma1 is no covariance" in done.err
 
 
 def test_help_is_quick():

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import time
+import weakref
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from test_evaluator import TINY, run_here, run_there, scores_of, tiny
 from test_features import counting, draw, make_tiny, save_folder
 
 from evaluations import evaluator, make_reference_batch, measuring, metrics, reference_batch
+from guided_diffusion import checkpoint_sets
 from guided_diffusion.image_datasets import center_crop_arr, load_data
 
 
@@ -212,6 +215,27 @@ def test_two_ranks_make_the_same_bytes(folder, tmp_path):
     assert done.stdout.count("saved ") == 1
 
 
+def test_sections_are_not_in_memory_together(folder, tmp_path, monkeypatch):
+    """Neither at the end nor when a run goes on: of seven sections one, and what they amount to."""
+    monkeypatch.setattr(measuring, "PART", 4)
+    monkeypatch.setattr(reference_batch, "SECTION", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_batch, "_write", mock.Mock(side_effect=KeyboardInterrupt))
+        assert make(folder, tmp_path / "batch.npz").code == 130
+    assert len(list((tmp_path / "batch.npz.parts").glob("section*.npz"))) == 7
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(reference_batch.Moments):
+        def __init__(self, dim):
+            super().__init__(dim)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(reference_batch, "Moments", Counted)
+    assert make(folder, tmp_path / "batch.npz").code == 0
+    assert len(most) >= 14 and max(most) <= 2
+
+
 # -- mistakes --------------------------------------------------------------------------------------
 
 
@@ -272,10 +296,13 @@ def test_a_damaged_folder_is_told_of(folder, tmp_path, monkeypatch, file, conten
         ({"data_dir": "empty"}, "hold no images"),
         ({"image_size": 0}, "--image_size 0 must be at least 1"),
         ({"num_images": 3}, "--num_images 3 must be at least 4"),
+        ({"data_dir": "three.npz"}, "--data_dir 'three.npz' holds 3 images: at least 4"),
+        ({"batch_size": 257}, "--batch_size 257 must be at most 256"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(folder, tmp_path, monkeypatch, change, words):
     (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "three.npz", arr_0=draw(3))
     monkeypatch.chdir(tmp_path)
     before = files_below(tmp_path)
     done = make(change.pop("data_dir", folder), "batch.npz", **change)
@@ -294,6 +321,76 @@ def test_a_broken_image_is_named_and_what_was_seen_before_is_kept(folder, tmp_pa
     words = arguments(folder, tmp_path / "batch.npz")
     assert run_here(make_reference_batch.main, *words, network=lambda path: network).code == 0
     assert sum(counts) == 29 - 20
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("file", ["diary.txt", "arr_0.npy"])
+def test_a_folder_of_something_else_is_left_alone(folder, tmp_path, complete, file):
+    """Without a plan it is none of ours, whatever is in it, and whether the npz is there or not."""
+    out, parts = tmp_path / "mine.npz", tmp_path / "mine.npz.parts"
+    if complete:
+        assert make(folder, out).code == 0
+    parts.mkdir()
+    (parts / file).write_text("precious")
+    done = make(folder, out)
+    assert done.code == 1 and "mine.npz.parts holds files of something else" in done.err
+    assert files_below(parts) == {file} and (parts / file).read_text() == "precious"
+    assert out.exists() == complete
+
+
+def test_files_that_were_added_to_the_folder_stay(folder, tmp_path, monkeypatch):
+    """A run removes what it has made, temporary files of killed ones included, and no more."""
+    parts = tmp_path / "batch.npz.parts"
+    parts.mkdir()
+    (parts / "plan.json.tmp7").write_text("{")  # a run was killed at its first file
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_batch, "_write", mock.Mock(side_effect=KeyboardInterrupt))
+        assert make(folder, tmp_path / "batch.npz").code == 130
+    for name in ("diary.txt", "section00.npz.tmp7"):
+        (parts / name).write_text("precious")
+    assert make(folder, tmp_path / "batch.npz").code == 0
+    assert files_below(parts) == {"diary.txt"}
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_another_run_in_the_folder_is_told_of(folder, tmp_path, monkeypatch, complete):
+    """Whether it is at work or about to remove the folder, which stays as it is."""
+    monkeypatch.setattr(checkpoint_sets, "PATIENCE", 0)
+    out = tmp_path / "batch.npz"
+    if complete:
+        assert make(folder, out).code == 0
+    with checkpoint_sets.reserved(f"{out}.parts"):
+        done = make(folder, out)
+    assert done.code == 1 and "batch.npz.parts is in use by another run" in done.err
+    assert "another --out" in done.err and "--log_dir" not in done.err
+    assert (tmp_path / "batch.npz.parts").exists()
+
+
+def test_a_run_that_waited_for_another_one_finds_its_file(folder, tmp_path, monkeypatch):
+    """It does not write it again, and leaves no folder."""
+    real, out = reference_batch.reserved, tmp_path / "batch.npz"
+
+    def reserved(path):
+        out.write_text("of the other run")
+        return real(path)
+
+    monkeypatch.setattr(reference_batch, "reserved", reserved)
+    done = make(folder, out)
+    assert done.code == 1 and "batch.npz exists: choose another name" in done.err
+    assert out.read_text() == "of the other run" and not (tmp_path / "batch.npz.parts").exists()
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_what_cannot_be_written_is_told_by_the_flag(folder, tmp_path, is_file):
+    """A full disk, or a file where a folder should be; there is no --log_dir to change."""
+    if is_file:
+        (tmp_path / "batch.npz.parts").write_text("")
+    full = mock.patch("guided_diffusion.checkpoints._write_local", side_effect=OSError(28, "full"))
+    with full:
+        done = make(folder, tmp_path / "batch.npz")
+    assert done.code == 1 and f"--out {tmp_path}/batch.npz or " in done.err
+    assert "cannot be written (" in done.err and "make room there" in done.err
+    assert "--log_dir" not in done.err and "Traceback" not in done.err
 
 
 def test_the_other_end_of_the_command_line(tmp_path):
