@@ -114,6 +114,9 @@ def _front(words: list[str]) -> list[str]:
     free, flags = [], []
     while words:
         word = words.pop(0)
+        if word == "--":  # what follows is no flag
+            free += words
+            break
         if not word.startswith("-"):
             free.append(word)
             continue

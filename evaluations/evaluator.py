@@ -9,7 +9,7 @@ and Recall from the images.
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # to be run from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run from anywhere
 
 from evaluations import command_line
 from guided_diffusion.flag_parsing import run

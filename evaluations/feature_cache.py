@@ -54,7 +54,7 @@ class FeatureCache:
             report(len(images))
             return found
         features = self._extractor(images, self._batch_size, report)
-        if path and np.isfinite(features.pooled).all():
+        if path and all(np.isfinite(array).all() for array in features if array is not None):
             self._write(path, features)
         return features
 

@@ -123,13 +123,19 @@ def make_inception(path: str | None = None) -> Extractor:
     }
     return Extractor(
         "inception",
-        see=lambda images: Features(*model(images)),
+        see=partial(_see_inception, model),
         weights=model.source,
         digest=model.digest,
         labels=labels | MORE_LABELS,
         widths={"pooled": NUM_FEATURES, "spatial": NUM_SPATIAL},
         device=dist_util.dev(),
     )
+
+
+def _see_inception(model: nn.Module, images: Tensor) -> Features:
+    """Return what Inception-v3 sees in images [n, H, W, 3]."""
+    seen = model(images)
+    return Features(pooled=seen.pool_3, spatial=seen.spatial, probabilities=seen.probabilities)
 
 
 def make_efficientnet_lite0(path: str | None = None) -> Extractor:

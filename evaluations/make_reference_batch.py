@@ -8,7 +8,7 @@ cropped and scaled as for training. A run that was killed goes on when it is sta
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # to be run from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run from anywhere
 
 from evaluations import command_line
 from guided_diffusion.flag_parsing import run

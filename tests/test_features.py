@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -105,6 +106,14 @@ def test_inception_sees_what_the_published_evaluator_sees(weights_file):
         assert one.dtype == np.float32
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4 * np.abs(other).max())
     assert {kind: getattr(found, kind).shape[1] for kind in extractor.widths} == extractor.widths
+
+
+def test_what_inception_sees_is_known_by_its_name(monkeypatch):
+    """Whatever the order in which the network returns it."""
+    seen = SimpleNamespace(probabilities="p", spatial="s", pool_3="3", more=None)
+    model = mock.Mock(return_value=seen, source="tiny.pb", digest="0" * 64)
+    monkeypatch.setattr(features, "load_inception", lambda path: model)
+    assert features.make_inception().see(None) == Features("3", "s", "p")
 
 
 def test_efficientnet_sees_on_its_own():
@@ -317,6 +326,21 @@ def test_a_killed_pass_goes_on_where_it_was(images, tmp_path, small_parts):
     assert counts == [4, 3]
 
 
+@pytest.mark.parametrize("kind", Features._fields)
+def test_only_what_is_finite_is_kept(tmp_path, kind):
+    """Of all kinds of features: one that is not would be told of each time anew."""
+    pixels = draw(2)
+
+    def broken(batch):
+        seen = see_little(batch)
+        return seen._replace(**{kind: getattr(seen, kind) * torch.inf})
+
+    FeatureCache(str(tmp_path), make_tiny(see=broken)).features(pixels)
+    assert not list(tmp_path.rglob("*.npz"))
+    FeatureCache(str(tmp_path), make_tiny()).features(pixels)
+    assert len(list(tmp_path.rglob("*.npz"))) == 1
+
+
 def test_a_network_that_yields_nan_is_told_of(images, tmp_path):
     """By the name of the set, and nothing of it is kept."""
     broken = make_tiny(see=lambda batch: Features(torch.full((len(batch), 6), torch.nan)))
@@ -339,8 +363,8 @@ def test_a_small_part_of_the_package_is_leant_on():
     found = set().union(
         *(imported_files(path.read_text()) for path in (ROOT / "evaluations").glob("*.py"))
     )
-    assert found <= {"checkpoints", "data_sources", "dist_util", "flag_checks", "flag_parsing"} | {
-        "image_decoding", "launchers", "npz_rows",
+    assert found <= {"checkpoint_sets", "checkpoints", "data_sources", "dist_util"} | {
+        "flag_checks", "flag_parsing", "image_decoding", "launchers", "npz_rows",
     }  # fmt: skip
 
 
