@@ -59,11 +59,16 @@ class ImageSet:
         """
         raise NotImplementedError
 
-    def statistics(self, kind: str) -> Gaussian | None:
-        """Return stored statistics, of "pooled" or "spatial" features, or None.
+    def has_statistics(self) -> bool:
+        """Tell whether there are any stored statistics."""
+        return False
+
+    def statistics(self, kind: str, width: int) -> Gaussian | None:
+        """Return stored statistics of `width` "pooled" or "spatial" features, or None.
 
         Raises:
-            ValueError: half of them is missing, or they are no statistics.
+            ValueError: half of them is missing, they are no statistics, or of another width; that
+                is known before they are read.
         """
         return None
 
@@ -97,7 +102,8 @@ class NpzImages(ImageSet):
         self.path, self.flag = path, flag
         self._rows = open_rows(path, "arr_0", flag=flag)
         shape = self._rows.shape
-        is_layout = len(shape) == 3 or (len(shape) == 4 and shape[3] in (1, 3))
+        is_one = len(shape) == 3 and shape[2] <= 4  # [H, W, 3], with no N
+        is_layout = (len(shape) == 3 and not is_one) or (len(shape) == 4 and shape[3] in (1, 3))
         if self._rows.dtype != np.uint8 or not is_layout or 0 in shape[1:]:
             raise self.error(
                 f"has arr_0 of {self._rows.dtype} {list(shape)}: save images as uint8 "
@@ -117,8 +123,15 @@ class NpzImages(ImageSet):
         images = images.reshape(len(images), *self.size, -1)
         return images if images.shape[3] == 3 else images.repeat(3, axis=3)
 
-    def statistics(self, kind: str) -> Gaussian | None:
-        """Return stored statistics, of "pooled" or "spatial" features, or None."""
+    def has_statistics(self) -> bool:
+        """Tell whether there are any stored statistics."""
+        names = [f"mu{suffix}" for suffix in SUFFIXES.values()]
+        return any(
+            open_rows(self.path, n, flag=self.flag, optional=True) is not None for n in names
+        )
+
+    def statistics(self, kind: str, width: int) -> Gaussian | None:
+        """Return stored statistics of `width` "pooled" or "spatial" features, or None."""
         names = [name + SUFFIXES[kind] for name in ("mu", "sigma")]
         found = [open_rows(self.path, name, flag=self.flag, optional=True) for name in names]
         missing = [name for name, array in zip(names, found, strict=True) if array is None]
@@ -126,14 +139,25 @@ class NpzImages(ImageSet):
             raise self.error(
                 f"has no {missing[0]}, but its companion: save mu and sigma, or neither"
             )
-        return None if missing else self._gaussian(names, found)
+        if missing:
+            return None
+        self._check_shapes(names, found, kind, width)
+        return self._gaussian(names, found)
 
-    def _gaussian(self, names: list[str], found: list[np.ndarray]) -> Gaussian:
-        """Return statistics that were found under their names, if they are statistics."""
+    def _check_shapes(self, names: list[str], found: list, kind: str, width: int) -> None:
+        """Raise an error if what was found under two names is of no or of other features."""
         dim = found[0].shape[0]
         if [array.shape for array in found] != [(dim,), (dim, dim)]:
             shapes = " and ".join(str(list(array.shape)) for array in found)
             raise self.error(f"has {' and '.join(names)} of {shapes}: they must be [D] and [D, D]")
+        if dim != width:
+            raise self.error(
+                f"holds statistics of {dim} {kind} features, but --features {self.features} has "
+                f"{width}: they are those of another network"
+            )
+
+    def _gaussian(self, names: list[str], found: list) -> Gaussian:
+        """Return statistics that were found under their names, if they hold finite floats."""
         for name, array in zip(names, found, strict=True):
             if array.dtype.kind != "f":
                 raise self.error(f"has {name} of {array.dtype}: it must hold floats")

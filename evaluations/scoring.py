@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from guided_diffusion import checkpoints, dist_util
+from guided_diffusion.image_decoding import is_url
 
 from . import metrics
 from .command_line import reason_of
 from .feature_cache import FeatureCache
 from .features import Extractor, load_extractor
-from .image_sets import MIN_IMAGES, SUFFIXES, Gaussian, ImageSet, open_images
+from .image_sets import MIN_IMAGES, Gaussian, ImageSet, open_images
 from .measuring import Measured, measure
 
 USUAL = 50_000  # samples behind a published FID
@@ -75,17 +76,10 @@ def stored_statistics(images: ImageSet, extractor: Extractor) -> dict[str, Gauss
     Raises:
         ValueError: they are no statistics, or those of other features.
     """
-    found = {kind: images.statistics(kind) for kind in SUFFIXES}
-    found = {kind: gaussian for kind, gaussian in found.items() if gaussian is not None}
     if images.features != extractor.name:
         return {}
-    for kind, gaussian in found.items():
-        if len(gaussian.mu) != extractor.widths[kind]:
-            raise images.error(
-                f"holds statistics of {len(gaussian.mu)} {kind} features, but --features "
-                f"{extractor.name} has {extractor.widths[kind]}: they are those of another network"
-            )
-    return found
+    found = {kind: images.statistics(kind, width) for kind, width in extractor.widths.items()}
+    return {kind: gaussian for kind, gaussian in found.items() if gaussian is not None}
 
 
 def compute(
@@ -170,20 +164,23 @@ def _warnings(sets: dict, stored: dict, seen: dict, extractor: Extractor) -> Ite
     distance = extractor.labels[extractor.distances["pooled"]]
     for name, images in sets.items():
         dim, num = seen[name].pooled.shape[1], len(images)
-        if images.features != extractor.name and images.statistics("pooled"):
+        if images.features != extractor.name and images.has_statistics():
             yield (
-                f"warning: the {name} holds statistics of {images.features} features: computed "
-                "from its images instead"
+                f"warning: the {name} holds statistics of {images.features[:40]!r} features: "
+                "computed from its images instead"
             )
-        if "pooled" in seen[name].moments and num <= dim:
+        if "pooled" not in seen[name].moments:
+            continue  # the number of images behind stored statistics is not known
+        if num <= dim:
             yield (
                 f"warning: the {name} has {num} images for {dim} features: its covariance is "
                 f"singular, and {distance} much too large"
             )
-        elif name == "sample" and num < USUAL:
+        elif num < USUAL:
+            what = "samples" if name == "sample" else "reference images"
             yield (
-                f"warning: {num} samples: {distance} grows as their number falls, so compare only "
-                f"what was made from as many; published figures are of {USUAL}"
+                f"warning: {num} {what}: {distance} grows as their number falls, so compare only "
+                f"figures of as many; published ones are of {USUAL}"
             )
     if sets["reference"].size != sets["sample"].size:
         yield "warning: reference and sample have different sizes, which the scores will see"
@@ -196,7 +193,7 @@ def _circumstances(
     found: dict[str, Any] = {}
     for name, images in sets.items():
         found[f"num_{name}"] = len(images)
-        found[name] = images.path
+        found[name] = images.path if is_url(images.path) else os.path.abspath(images.path)
     sources = {name: {k: _source(stored[name], k) for k in extractor.distances} for name in SETS}
     return found | {
         "statistics": sources,

@@ -131,6 +131,37 @@ def test_names_order_and_numbers(pair, tmp_path):
     assert "reference: 30 images 8x8" in done.err and "23 samples: FID grows" in done.err
 
 
+def test_what_follows_two_dashes_is_no_flag(pair, tmp_path, monkeypatch):
+    """As elsewhere; the JSON file has the sets' whole paths, whatever was typed."""
+    monkeypatch.chdir(tmp_path)
+    done = run_here(evaluator.main, "--json", "scores.json", "--", "real.npz", "ours.npz")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert [report["reference"], report["sample"]] == [str(path) for path in pair[0]]
+
+
+def test_the_name_of_a_network_in_a_file_is_shown_in_one_line(pair, tmp_path):
+    """Whoever made the file wrote it: it is cut, and has no line breaks."""
+    name = "vgg\nerror: " + 100 * "x"
+    np.savez(tmp_path / "odd.npz", arr_0=pair[1][0], mu=np.zeros(2), features=np.array([name]))
+    done = run_here(evaluator.main, tmp_path / "odd.npz", pair[0][1])
+    assert done.code == 0, done.err
+    assert f"holds statistics of {name[:40]!r} features: computed" in done.err
+
+
+@pytest.mark.parametrize("program", ["evaluator", "make_reference_batch"])
+def test_another_installed_package_of_the_name_does_not_win(tmp_path, program):
+    """A program run by its path takes the modules beside it."""
+    for name in ("evaluations", "guided_diffusion"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the other one')")
+    path = ROOT / "evaluations" / f"{program}.py"
+    env = environment() | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, path, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and "--features" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("kind", ["folder", "npz"])
 def test_a_set_against_itself(pair, tmp_path, kind):
     """Distances are 0 and all is covered, also if the one is a folder and the other an npz."""
@@ -160,6 +191,9 @@ def test_stored_statistics_are_used_for_distances_alone(pair, tmp_path):
     for label in ("Inception Score", "Precision", "Recall"):
         assert found[label] == plain[label]
     assert "pooled stored, spatial stored" in done.err
+    assert "23 samples: FID grows" in done.err and "reference images: FID" not in done.err
+    other = run_here(evaluator.main, ours, tmp_path / "batch.npz")
+    assert "23 reference images: FID grows" in other.err and "samples: FID" not in other.err
     sources = json.loads(json_path.read_text())["statistics"]
     assert sources["reference"] == {"pooled": "stored", "spatial": "stored"}
 

@@ -4,6 +4,7 @@ import re
 import shutil
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_an_npz_is_not_held_in_memory(tmp_path):
 
 
 GOOD = draw(4)
+WIDTHS = {"pooled": 2, "spatial": 3}
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,7 @@ GOOD = draw(4)
         ({"arr_0": GOOD.astype(np.float32)}, "arr_0 of float32 .4, 8, 8, 3.: save images as uint8"),
         ({"arr_0": GOOD.transpose(0, 3, 1, 2)}, "arr_0 of uint8 .4, 3, 8, 8."),
         ({"arr_0": GOOD[0, :, 0]}, "arr_0 of uint8 .8, 3."),
+        ({"arr_0": GOOD[0]}, "arr_0 of uint8 .8, 8, 3.: save images as uint8"),
         ({"arr_0": GOOD[:, :0]}, "arr_0 of uint8 .4, 0, 8, 3."),
         ({"images": GOOD}, "no array arr_0, but images"),
         ({"arr_0": GOOD[:1]}, "holds 1 images: at least 4"),
@@ -66,9 +69,9 @@ GOOD = draw(4)
         ({"arr_0": GOOD, "sigma_s": np.eye(3)}, "has no mu_s, but its companion"),
         ({"arr_0": GOOD, "mu": np.zeros(3), "sigma": np.eye(4)}, "must be .D. and .D, D."),
         ({"arr_0": GOOD, "mu": np.eye(3), "sigma": np.eye(3)}, "must be .D. and .D, D."),
-        ({"arr_0": GOOD, "mu": np.zeros(2, int), "sigma": np.eye(2)}, "mu of int64: it must hold"),
-        ({"arr_0": GOOD, "mu": np.full(2, np.nan), "sigma": np.eye(2)}, "mu with 2 values that"),
-        ({"arr_0": GOOD, "mu_s": np.zeros(1), "sigma_s": np.full((1, 1), np.inf)}, "sigma_s with"),
+        ({"arr_0": GOOD, "mu": np.zeros(3, int), "sigma": np.eye(3)}, "mu of int64: it must hold"),
+        ({"arr_0": GOOD, "mu": np.full(3, np.nan), "sigma": np.eye(3)}, "mu with 3 values that"),
+        ({"arr_0": GOOD, "mu_s": np.zeros(3), "sigma_s": np.full((3, 3), np.inf)}, "sigma_s with"),
     ],
 )  # fmt: skip
 def test_an_npz_of_other_things_is_refused_in_one_line(tmp_path, arrays, words):
@@ -78,7 +81,7 @@ def test_an_npz_of_other_things_is_refused_in_one_line(tmp_path, arrays, words):
     with pytest.raises(ValueError, match=f"^--reference {re.escape(path)} .*{words}") as error:
         images = open_images(path, "--reference", min_images=4)
         for kind in ("pooled", "spatial"):
-            images.statistics(kind)
+            images.statistics(kind, 3)
     assert "\n" not in str(error.value)
 
 
@@ -111,12 +114,33 @@ def test_statistics_of_a_published_batch_are_read(tmp_path):
     batch = open_images(str(tmp_path / "batch.npz"), "--reference")
     assert batch.features == "inception"
     for kind, suffix in {"pooled": "", "spatial": "_s"}.items():
-        for name, array in batch.statistics(kind)._asdict().items():
+        for name, array in batch.statistics(kind, WIDTHS[kind])._asdict().items():
             assert array.dtype == np.float64
             np.testing.assert_array_equal(array, stored[name + suffix])
     plain = open_images(str(tmp_path / "plain.npz"), "--reference")
-    assert plain.statistics("pooled").sigma.dtype == np.float64
-    assert plain.statistics("spatial") is None
+    assert plain.statistics("pooled", 2).sigma.dtype == np.float64
+    assert plain.statistics("spatial", 3) is None
+
+
+def test_statistics_of_another_width_are_not_read(tmp_path):
+    """Zeros for 800 MB take hardly any bytes on the disk; their header is enough to refuse them."""
+    path = tmp_path / "batch.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in {"arr_0": GOOD, "mu": np.zeros(10_000)}.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array)
+        with archive.open("sigma.npy", "w") as file:
+            header = {"shape": (10_000, 10_000), "fortran_order": False, "descr": "<f8"}
+            np.lib.format.write_array_header_1_0(file, header)
+            for _ in range(100):
+                file.write(bytes(8 * 10**6))
+    images = open_images(str(path), "--reference")
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="of 10000 pooled features, but --features inception has"):
+        images.statistics("pooled", 2048)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3e6 and images.has_statistics()
 
 
 def test_reading_keeps_one_part_ahead_and_no_more(tmp_path, monkeypatch):

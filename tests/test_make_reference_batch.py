@@ -124,7 +124,7 @@ def test_statistics_of_another_network_say_so(tmp_path):
     assert scores_of(same.out)["FD (EfficientNet-Lite0)"] == pytest.approx(0, abs=1e-6)
     assert "reference: 5 images 8x8" in same.err and "pooled stored" in same.err
     other = run_here(evaluator.main, *both)
-    assert other.code == 0 and "holds statistics of efficientnet_lite0 features" in other.err
+    assert other.code == 0 and "holds statistics of 'efficientnet_lite0' features" in other.err
     assert "stored" not in other.err
 
 
