@@ -5,17 +5,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from guided_diffusion.config import DataConfig, RunConfig
 from guided_diffusion.flag_checks import (
     above,
     count,
-    device_name,
     image_source,
     one_of,
     or_unset,
     output_file,
     output_folder,
 )
-from guided_diffusion.flag_parsing import flag, read_flags
+from guided_diffusion.flag_parsing import flag, read_flags, same_as
 from guided_diffusion.launchers import first_line
 
 
@@ -38,10 +38,7 @@ class SetsConfig:
 class BatchConfig:
     """The images that become a reference batch, and where it goes."""
 
-    data_dir: str = flag(
-        "", "real images: a folder, searched recursively, a zip, an npz or an LMDB folder",
-        check=image_source, required=True,
-    )  # fmt: skip
+    data_dir: str = same_as(DataConfig, "data_dir")
     image_size: int = flag(64, "height and width to crop them to", check=count(2**15))
     out: str = flag("", "the npz to write", check=output_file(".npz"), required=True)
     num_images: int = flag(
@@ -64,11 +61,8 @@ class NetworkConfig:
         -1, "images that it sees at once (-1: 64, on a CPU 4)",
         check=or_unset(-1, count(256)),  # measuring.PART: more are never read together
     )  # fmt: skip
-    device: str = flag("", "cpu, cuda, cuda:N (default: cuda if there is one)", check=device_name)
-    dist_timeout: float = flag(
-        1800.0, "seconds after which a rank that waits for another gives up",
-        check=above(0, most=1e7),
-    )  # fmt: skip
+    device: str = same_as(RunConfig, "device")
+    dist_timeout: float = same_as(RunConfig, "dist_timeout")
 
 
 @dataclass(frozen=True)

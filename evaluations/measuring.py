@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from guided_diffusion import dist_util
+from guided_diffusion.progress import Progress
 
 from .feature_cache import FeatureCache
 from .image_sets import ImageSet, read_ahead
@@ -55,8 +55,8 @@ def measure(
     mine = parts_of(len(images))[dist_util.get_rank() :: dist_util.get_world_size()]
     rows: list[tuple[range, dict[str, np.ndarray | None]]] = []
     seen: dict[str, Moments] = {}
-    what, world = images.flag.lstrip("-"), dist_util.get_world_size()
-    with dist_util.stage(f"looking at the {what}"), Progress(what, len(images), world) as bar:
+    what = images.flag.lstrip("-")
+    with dist_util.stage(f"looking at the {what}"), Progress(len(images), what) as bar:
         for part, pixels in read_ahead(images, mine):
             features = cache.features(pixels, bar.move)._asdict()
             add_moments(seen, features, moments, f"{images.flag} {images.path}")
@@ -68,32 +68,6 @@ def measure(
 def parts_of(num_images: int) -> list[range]:
     """Return the numbers of the images, by parts of equal size and a last one."""
     return [range(start, min(start + PART, num_images)) for start in range(0, num_images, PART)]
-
-
-class Progress:
-    """A bar over images with the time left, shown on rank 0.
-
-    Args:
-        what: one word on them.
-        total: their number.
-        ranks: how many ranks are at work on them, each as far as this one.
-        done: how many were done before.
-    """
-
-    def __init__(self, what: str, total: int, ranks: int = 1, done: int = 0):
-        hide = not dist_util.is_main()
-        self._bar = tqdm(total=total, initial=done, unit="img", desc=what, disable=hide)
-        self._ranks = ranks
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def move(self, images: int) -> None:
-        """Count so many images of this rank, and as many of each other one."""
-        self._bar.update(min(images * self._ranks, self._bar.total - self._bar.n))
 
 
 def add_moments(

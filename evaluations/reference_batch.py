@@ -22,11 +22,12 @@ import numpy as np
 from guided_diffusion import checkpoints, dist_util
 from guided_diffusion.checkpoint_sets import reserved
 from guided_diffusion.data_sources import Source, open_source
+from guided_diffusion.progress import Progress
 
 from .command_line import reason_of
 from .features import Extractor, load_extractor
 from .image_sets import FEATURES, MIN_IMAGES, SUFFIXES, CroppedImages, read_ahead
-from .measuring import Progress, add_moments, parts_of
+from .measuring import add_moments, parts_of
 from .moments import Moments, merged
 
 SECTION = 5000  # images in one, at least
@@ -212,7 +213,7 @@ def see(
     before = {number: _load(_path(folder, number), kinds=())[0] for number in numbers}
     total = sum(len(part) for number in numbers for part in sections[number])
     done = sum(len(part) for number in numbers for part in sections[number][: before[number]])
-    with dist_util.stage("looking at the images"), Progress("images", total, done=done) as bar:
+    with dist_util.stage("looking at the images"), Progress(total, "images", done, ranks=1) as bar:
         for number in numbers:
             if before[number] == len(sections[number]):
                 continue
@@ -292,7 +293,7 @@ def _pick(images: CroppedImages, num: int, folder: str) -> np.ndarray:
     shape = (num, *images.size, 3)
     picked = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     numbers = [len(images) * i // num for i in range(num)]
-    with Progress("writing", num) as bar:
+    with Progress(num, "writing", ranks=1) as bar:
         for part in parts_of(num):
             picked[part.start : part.stop] = images.read(numbers[part.start : part.stop])
             bar.move(len(part))

@@ -38,6 +38,7 @@ def count(most: int, least: int = 1) -> Check:
     """Accept whole numbers from `least` to `most`."""
 
     def check(value: int) -> str | None:
+        """Judge a number."""
         if value < least:
             return f"must be at least {least}"
         return None if value <= most else f"must be at most {most}"
@@ -49,6 +50,7 @@ def above(low: float, most: float = float("inf")) -> Check:
     """Accept numbers greater than `low`, up to `most`."""
 
     def check(value: float) -> str | None:
+        """Judge a number."""
         if not value > low:
             return f"must be greater than {low}"
         return None if value <= most else f"must be at most {most:g}"
@@ -76,6 +78,7 @@ def or_unset(unset: float, check: Check) -> Check:
     """Accept `unset`, and what `check` accepts."""
 
     def either(value: float) -> str | None:
+        """Judge a number."""
         problem = None if value == unset else check(value)
         return problem and f"{problem}, or be {unset:g}"
 
@@ -93,6 +96,7 @@ def list_of(kind: type, example: str) -> Check:
     """Accept comma-separated numbers from 0 on, 0 excluded (or an empty string)."""
 
     def check(value: str) -> str | None:
+        """Judge a text."""
         try:
             good = all(0 < kind(item) <= LARGEST for item in value.split(",")) if value else True
         except ValueError:
@@ -234,6 +238,7 @@ def output_file(*endings: str) -> Check:
     """Accept a local path with one of some endings, in a folder that can be written, or ""."""
 
     def check(value: str) -> str | None:
+        """Judge a text."""
         if not value:
             return None
         if not value.lower().endswith(endings):

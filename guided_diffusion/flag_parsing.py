@@ -39,6 +39,12 @@ def flag(
     return field(default=default, metadata=metadata)
 
 
+def same_as(group: type, name: str) -> Any:
+    """Declare a flag that another program's group has: with its default, help and check."""
+    origin = next(f for f in fields(group) if f.name == name)
+    return field(default=origin.default, metadata=origin.metadata)
+
+
 def defaults(*groups: type) -> dict[str, Any]:
     """Return flag name -> default for the groups, in order."""
     return {f.name: f.default for group in groups for f in fields(group)}

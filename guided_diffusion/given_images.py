@@ -16,8 +16,9 @@ from .data_sources import open_source
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import ImageStream
 from .pictures import class_names, save_film, to_uint8
+from .progress import Progress
 from .sample_labels import numbers_of
-from .sample_util import Progress, take
+from .sample_util import take
 from .sampling import Step
 from .streams import ChainNoise
 from .training import training_data

@@ -36,6 +36,7 @@ def classifier_guidance(classifier: nn.Module, scale: float) -> CondFn:
     classifier.requires_grad_(False).eval()
 
     def cond_fn(x: Tensor, t: Tensor, y: Tensor | None = None, **_) -> Tensor:
+        """Return the gradient, shaped like x."""
         if y is None:
             raise ValueError("classifier guidance needs the labels y in model_kwargs")
         with torch.enable_grad():
@@ -75,6 +76,7 @@ def estimate_guidance(
     levels = NoiseLevels(process)
 
     def cond_fn(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """Return the gradient, shaped like x."""
         with torch.enable_grad():
             x_in = x.detach().requires_grad_(True)
             sigma = beside(levels.sigma_of(t), x_in)
@@ -90,6 +92,7 @@ def together(*cond_fns: CondFn) -> CondFn:
     """Return the sum of several gradients, as of a classifier and a measurement."""
 
     def cond_fn(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """Return the sum, shaped like x."""
         return sum(function(x, t, **cond) for function in cond_fns)
 
     return cond_fn
@@ -99,6 +102,7 @@ def limited(cond_fn: CondFn, active: Active) -> CondFn:
     """Return a gradient that is 0, and costs nothing, where `active(t)` is false."""
 
     def limited_fn(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """Return the gradient, or zeros, shaped like x."""
         where = active(t)
         if not where.any():
             return torch.zeros_like(x)
@@ -184,6 +188,7 @@ def fold(process: Any, model: Denoiser, cond_fn: CondFn) -> Denoiser:
     levels = NoiseLevels(process)
 
     def guided(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """Return the network's output, its mean channels shifted."""
         out, gradient = model(x, t, **cond), cond_fn(x, t, **cond)
         mean, rest = out[:, : x.shape[1]], out[:, x.shape[1] :]
         shifted = mean + levels.shift(gradient, beside(levels.sigma_of(t), x))
@@ -203,6 +208,7 @@ def dynamic_threshold(percentile: float) -> XStartFn:
     """
 
     def threshold(x_start: Tensor) -> Tensor:
+        """Return the images [N, C, ...] within [-1, 1]."""
         sizes = x_start.flatten(1).abs()  # [N, D]
         rank = max(math.ceil(percentile * sizes.shape[1]), 1)
         limit = sizes.kthvalue(rank, dim=1).values.clamp(min=1)  # [N]

@@ -406,6 +406,7 @@ def explain_if_uncaught(rank: int) -> None:
     show = sys.excepthook
 
     def show_and_explain(kind, error, trace):
+        """Take the place of sys.excepthook."""
         show(kind, error, trace)
         line = explain(error)
         _say_last_words(error, line)

@@ -25,7 +25,7 @@ from .npz_rows import open_rows
 from .pictures import save_film
 from .sample_files import SampleFiles
 from .sample_labels import choose_classes
-from .samplers import Sampler, bind_sampler, shortened
+from .samplers import Sampler, make_sampler, shortened
 from .sampling import Cond, Denoiser, Device, NoiseFn, Step, model_device, noise_like, run_chain
 from .streams import INPAINT_CHAIN, INPAINT_NOISE
 
@@ -157,6 +157,7 @@ def inpaint_loop_progressive(
     followings = iter([*timesteps[1:], -1])
 
     def step(x: Tensor, t: Tensor) -> Step:
+        """Take a step, and go up again if a higher timestep follows."""
         given = (image, mask, next(followings))
         return inpaint_step(process, model, x, t, *given, noise_fn=noise_fn, **options)
 
@@ -185,6 +186,7 @@ def make_inpainter(
     def loop(
         network: Denoiser, _shape: Sequence[int], *, model_kwargs: Cond, **options: Any
     ) -> Iterator[Step]:
+        """Yield the steps of a batch; the last one gives back what was known, bit by bit."""
         cond = dict(model_kwargs)
         image, mask = cond.pop("image"), cond.pop("mask")
         chain = inpaint_loop_progressive(
@@ -196,7 +198,7 @@ def make_inpainter(
                 out["sample"] = torch.where(mask, out["sample"], known)
             yield out
 
-    return bind_sampler(loop, num_calls, args, model, diffusion, **steering)
+    return make_sampler(args, model, diffusion, loop=(loop, num_calls), **steering)
 
 
 # --------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import checkpoints, config, dist_util, logger, script_util, trained_flags
 from .base_samples import Given
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import CondFn, classifier_guidance
 from .pictures import to_uint8
+from .progress import Progress
 from .sample_files import IN_FILM, INDIFFERENT, SampleFiles
 from .sample_labels import Labels, choose_classes, known_names
 from .samplers import Sampler, make_sampler
@@ -299,30 +299,3 @@ class Film:
     def frames(self) -> np.ndarray | None:
         """Return uint8 [n, 2, F, H, W, C], x_t and below it the predicted x_start; or None."""
         return np.stack(self._frames, axis=2) if self._frames else None
-
-
-class Progress:
-    """A bar over the images of all ranks, on rank 0, that moves with each step of a chain.
-
-    Args:
-        total: number of images.
-        what: one word on what is done to them.
-        done: images that were done before.
-    """
-
-    def __init__(self, total: int, what: str, done: int = 0):
-        main = dist_util.is_main()
-        self._bar = tqdm(total=total, initial=done, unit="img", desc=what, disable=not main)
-        self._moved = float(done)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
-
-    def move(self, images: float) -> None:
-        """Count so many images of this rank, or a share of them; the others are as far."""
-        self._moved += images * dist_util.get_world_size()
-        there = min(int(self._moved + 1e-6), self._bar.total)
-        self._bar.update(there - self._bar.n)

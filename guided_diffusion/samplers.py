@@ -59,8 +59,9 @@ def make_sampler(
     cond_fn: CondFn | None = None,
     guide: Denoiser | None = None,
     device: torch.device | str | None = None,
+    loop: tuple[Callable[..., Iterator[Step]], int] | None = None,
 ) -> Sampler:
-    """Make the sampler that the command line asks for.
+    """Make the sampler that the command line asks for, with all that steers it.
 
     Args:
         args: gives the flags of StepsConfig and SteeringConfig (those that are missing have their
@@ -70,40 +71,14 @@ def make_sampler(
         cond_fn: a guidance gradient, or None.
         guide: a weaker network for autoguidance, or None.
         device: where to sample; None for where the network's parameters are.
+        loop: what yields the steps of a batch, as `GaussianDiffusion.p_sample_loop_progressive`,
+            and their number; None for that of the sampler which the flags name.
 
     Raises:
         ValueError: if the process has not as many steps as are wanted.
     """
-    loop, num_steps = _loop(_filled(args), diffusion)
-    return bind_sampler(
-        loop, num_steps, args, model, diffusion, cond_fn=cond_fn, guide=guide, device=device
-    )
-
-
-def bind_sampler(
-    loop: Callable[..., Iterator[Step]],
-    num_steps: int,
-    args: argparse.Namespace,
-    model: Denoiser,
-    diffusion: GaussianDiffusion,
-    *,
-    cond_fn: CondFn | None = None,
-    guide: Denoiser | None = None,
-    device: torch.device | str | None = None,
-) -> Sampler:
-    """Bind a loop to a network and to all that steers it.
-
-    Args:
-        loop: yields the steps of a batch, as `GaussianDiffusion.p_sample_loop_progressive`.
-        num_steps: how many.
-        args: as for `make_sampler`; so are the others.
-        model: see there.
-        diffusion: see there.
-        cond_fn: see there.
-        guide: see there.
-        device: see there.
-    """
     args = _filled(args)
+    steps, num_steps = loop or _loop(args, diffusion)
     device = model_device(model) if device is None else device
     network = steered(args, model, diffusion, guide)
     if cond_fn is not None and args.guidance_interval:
@@ -118,7 +93,8 @@ def bind_sampler(
             network, cond_fn = fold(diffusion, network, cond_fn), None
 
     def chain(shape: tuple[int, ...], noise_fn: NoiseFn, cond: Cond) -> Iterator[Step]:
-        return loop(
+        """Return the steps of a batch."""
+        return steps(
             network, shape, cond_fn=cond_fn, noise_fn=noise_fn, model_kwargs=cond, **options
         )
 
@@ -132,6 +108,7 @@ def steered(
     args = _filled(args)
 
     def own(network: Denoiser) -> Denoiser:
+        """Return a network that takes the labels as `model` does, or ignores them."""
         return network if args.class_cond else partial(_without_labels, network)
 
     if args.cfg_scale == 1 and guide is None:

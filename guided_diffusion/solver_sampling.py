@@ -9,7 +9,17 @@ from tqdm.auto import tqdm
 
 from .gaussian_diffusion import GaussianDiffusion
 from .noise_levels import NoiseLevels
-from .sampling import Cond, CondFn, Denoiser, NoiseFn, Step, XStartFn, last_sample, model_device
+from .sampling import (
+    Cond,
+    CondFn,
+    Denoiser,
+    NoiseFn,
+    Step,
+    XStartFn,
+    last_sample,
+    model_device,
+    noise_like,
+)
 from .solvers import solve_progressive, state_dtype
 
 
@@ -79,6 +89,8 @@ def solver_sample_loop_progressive(
 ) -> Iterator[Step]:
     """Yield every step of a solver on a network, as the loops of the process do.
 
+    Errors are those of `solve_progressive` and `NetworkDenoiser`.
+
     Args:
         process: the diffusion process, respaced or not.
         model: the network.
@@ -97,21 +109,14 @@ def solver_sample_loop_progressive(
 
     Yields:
         `sample`, x_t at the next level, and `pred_xstart`; both in float32.
-
-    Raises:
-        ValueError: if the levels do not fall, or the network predicts neither noise nor x_start.
     """
     denoise = NetworkDenoiser(
-        process,
-        model,
-        clip_denoised=clip_denoised,
-        denoised_fn=denoised_fn,
-        cond_fn=cond_fn,
+        process, model, clip_denoised=clip_denoised, denoised_fn=denoised_fn, cond_fn=cond_fn,
         model_kwargs=model_kwargs,
-    )
+    )  # fmt: skip
     if noise is None:
-        empty = torch.empty(*shape, device=model_device(model) if device is None else device)
-        noise = empty.normal_() if noise_fn is None else noise_fn(empty)
+        device = model_device(model) if device is None else device
+        noise = noise_like(torch.empty(*shape, device=device), noise_fn)
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
     x = noise.to(state_dtype(noise.device)) * float((1 + sigmas[0] ** 2).sqrt())
     chain = solve_progressive(solver, denoise, x, sigmas, noise=noise_fn, **options)

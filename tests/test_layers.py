@@ -16,8 +16,8 @@ ORDER = """
     image_order image_datasets resample tables sampling gaussian_diffusion respace noise_levels
     guidance solvers solver_sampling flag_checks checkpoints checkpoint_sets flag_parsing
     presets sampling_flags config infer_flags trained_flags script_util samplers metering estimates
-    pictures signals reporting train_state parallel train_files validation train_util training
-    sample_labels base_samples sample_files sample_util inpainting given_images
+    pictures progress signals reporting train_state parallel train_files validation train_util
+    training sample_labels base_samples sample_files sample_util inpainting given_images
 """.split()  # noqa: SIM905 - as a picture
 
 
