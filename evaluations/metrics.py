@@ -11,7 +11,9 @@ Pure functions on arrays, in float64: they neither read files nor print.
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from .checks import ROWS, check_same_width, check_table, count_broken
 from .moments import Moments
@@ -128,7 +130,12 @@ def _score(split: np.ndarray) -> float:
     return np.exp((split * np.log(ratio)).sum() / len(split))
 
 
-def kernel_distance(reference: ArrayLike, sample: ArrayLike, block_size: int = ROWS) -> float:
+def kernel_distance(
+    reference: ArrayLike,
+    sample: ArrayLike,
+    block_size: int = ROWS,
+    device: torch.device | str = "cpu",
+) -> float:
     """Return the kernel distance, known as KID, of features `sample` [M, D] to [N, D].
 
     It is the unbiased estimate of the squared maximum mean discrepancy under the kernel
@@ -139,6 +146,7 @@ def kernel_distance(reference: ArrayLike, sample: ArrayLike, block_size: int = R
         reference: features of real images.
         sample: features of generated images.
         block_size: so many by so many kernels are in memory at once.
+        device: where the kernels are computed; it must know float64.
 
     Raises:
         ValueError: a set is no table of finite numbers with 2 rows or more, they differ in D, or
@@ -149,25 +157,34 @@ def kernel_distance(reference: ArrayLike, sample: ArrayLike, block_size: int = R
     real = check_table(reference, "reference", min_rows=2)
     ours = check_table(sample, "sample", min_rows=2)
     check_same_width(real, ours)
-    across = sum(_kernels(a, b).sum() for a in _blocks(real, block_size)
-                 for b in _blocks(ours, block_size))  # fmt: skip
-    within = _mean_within(real, block_size) + _mean_within(ours, block_size)
-    return float(within - 2 * across / (len(real) * len(ours)))
+    across = sum(
+        _kernels(a, b).sum().item()
+        for a in _on(device, _blocks(real, block_size))
+        for b in _on(device, _blocks(ours, block_size))
+    )
+    within = sum(_mean_within(table, block_size, device) for table in (real, ours))
+    return within - 2 * across / (len(real) * len(ours))
 
 
-def _mean_within(table: np.ndarray, block_size: int) -> float:
+def _mean_within(table: np.ndarray, block_size: int, device: torch.device | str) -> float:
     """Return the mean kernel of two different rows of a table."""
     total = 0.0
-    for i, a in enumerate(_blocks(table, block_size)):
+    for i, a in enumerate(_on(device, _blocks(table, block_size))):
         own = _kernels(a, a)
-        later = _blocks(table[(i + 1) * block_size :], block_size)
-        total += own.sum() - own.trace() + 2 * sum(_kernels(a, b).sum() for b in later)
+        later = _on(device, _blocks(table[(i + 1) * block_size :], block_size))
+        total += (own.sum() - own.trace()).item()
+        total += 2 * sum(_kernels(a, b).sum().item() for b in later)
     return total / (len(table) * (len(table) - 1))
 
 
-def _kernels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _kernels(a: Tensor, b: Tensor) -> Tensor:
     """Return the kernels [n, m] of rows [n, D] and [m, D]."""
-    return (a.astype(np.float64) @ b.astype(np.float64).T / a.shape[1] + 1) ** 3
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def _on(device: torch.device | str, blocks: Iterator[np.ndarray]) -> Iterator[Tensor]:
+    """Yield blocks in float64 on a device."""
+    return (torch.from_numpy(block.astype(np.float64)).to(device) for block in blocks)
 
 
 def _blocks(table: np.ndarray, size: int = ROWS) -> Iterator[np.ndarray]:

@@ -107,12 +107,11 @@ def compute(
         except ValueError as error:
             label = extractor.labels[key]
             raise ValueError(f"{label} of reference (1) and sample (2): {error}") from error
-    neighbours = {"device": _precise_device()}
-    pair = reference.pooled, sample.pooled
-    scores["precision"], scores["recall"] = metrics.precision_recall(*pair, **neighbours)
+    pair, device = (reference.pooled, sample.pooled), _precise_device()
+    scores["precision"], scores["recall"] = metrics.precision_recall(*pair, device=device)
     if more:
-        scores["kernel_distance"] = metrics.kernel_distance(*pair)
-        scores["density"], scores["coverage"] = metrics.density_coverage(*pair, **neighbours)
+        scores["kernel_distance"] = metrics.kernel_distance(*pair, device=device)
+        scores["density"], scores["coverage"] = metrics.density_coverage(*pair, device=device)
     return scores
 
 

@@ -173,6 +173,20 @@ def test_a_set_against_itself(pair, tmp_path, kind):
     assert found["Density"] == pytest.approx(6 / 5) and abs(found["Kernel distance"]) < 0.01
 
 
+def test_all_pairs_are_computed_on_the_device_of_the_network(pair):
+    """Those of precision and recall, and those of the scores that are asked for besides."""
+    names = ("precision_recall", "kernel_distance", "density_coverage")
+    with contextlib.ExitStack() as stack:
+        spies = [
+            stack.enter_context(mock.patch.object(metrics, name, wraps=getattr(metrics, name)))
+            for name in names
+        ]
+        done = run_here(evaluator.main, *pair[0], "--more_scores", "True", "--device", "cpu")
+    assert done.code == 0, done.err
+    devices = [spy.call_args.kwargs.get("device") for spy in spies]
+    assert devices == 3 * [torch.device("cpu")]
+
+
 def test_stored_statistics_are_used_for_distances_alone(pair, tmp_path):
     """FID and sFID come from them, precision and recall from the images."""
     (real, ours), (_, pixels) = pair

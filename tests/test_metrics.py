@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from launching import ROOT
 
 from evaluations import neighbours
@@ -250,6 +251,30 @@ def test_kernel_distance_is_the_unbiased_estimate(rng):
     expected = sum(within) - 2 * np.mean([kernel(a, b) for a in x for b in y])
     for block_size in (1, 5, 100):
         assert kernel_distance(x, y, block_size) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, ">f4", np.float16, np.uint8])
+def test_kernel_distance_of_all_types_is_in_float64(rng, dtype):
+    """Whatever the features are stored as, it is what numpy computes in float64 from them."""
+    x, y = (rng.uniform(0, 200, size=(num, 50)).astype(dtype) for num in (40, 30))
+    xx, xy, yy = (
+        (a.astype(np.float64) @ b.T.astype(np.float64) / 50 + 1) ** 3
+        for a, b in ((x, x), (x, y), (y, y))
+    )
+    means = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
+    expected = sum(means) - 2 * xy.mean()
+    error = abs(kernel_distance(x, y, block_size=16) - expected)
+    assert error <= 1e-12 * xy.mean()  # the terms, of which little remains
+
+
+@pytest.mark.parametrize("score", [precision_recall, density_coverage, kernel_distance])
+def test_all_scores_are_computed_where_they_are_told_to(rng, score):
+    """A device without numbers has no answer; a GPU has that of the CPU."""
+    x, y = rng.normal(size=(2, 40, 5))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        score(x, y, device="meta")
+    if torch.cuda.is_available():
+        assert score(x, y, device="cuda") == pytest.approx(score(x, y), rel=1e-12)
 
 
 def test_kernel_distance_has_no_bias(rng):
