@@ -111,8 +111,7 @@ def make_folder(folder: str) -> None:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             raise ValueError(
-                f"the folder {folder} cannot be made ({error.strerror}): choose another --log_dir, "
-                "or another $DIFFUSION_BLOB_LOGDIR if that is set"
+                f"the folder {folder} cannot be made ({error.strerror}): choose another one"
             ) from error
 
 
@@ -150,7 +149,7 @@ def write_file(path: str, write: Callable[[Any], None], durable: bool = True) ->
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise OSError(
             f"{path} cannot be written ({_why(error, path)}): make room there, or choose another "
-            "--log_dir; what was there before is as it was"
+            "folder; what was there before is as it was"
         ) from error
 
 

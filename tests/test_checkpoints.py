@@ -99,6 +99,21 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert checkpoints.read_file(path) == b"old"
 
 
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_what_cannot_be_written_is_told_without_a_flag(tmp_path, what):
+    """What one program calls --log_dir is --out, --json or --target of another."""
+    (tmp_path / "a").touch()
+    path = str(tmp_path / "a" / "b")
+    with pytest.raises((OSError, ValueError)) as error:
+        if what == "file":
+            checkpoints.write_bytes(path, b"")
+        else:
+            checkpoints.make_folder(path)
+    line = str(error.value)
+    assert path in line and "Not a directory" in line and "choose another" in line
+    assert "--" not in line and "$" not in line
+
+
 def test_an_unpicklable_state_leaves_nothing(tmp_path):
     """torch.save fails in the middle of a file; the file is not there then."""
     with pytest.raises((AttributeError, TypeError, RuntimeError)):
