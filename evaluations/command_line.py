@@ -1,7 +1,6 @@
 """The flags of the programs in this folder. This module imports nothing heavy."""
 
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -86,11 +85,10 @@ def parse(
 ) -> argparse.Namespace:
     """Read a command line; a mistake ends the process. See `flag_parsing.read_flags`.
 
-    Here what belongs to no flag may stand anywhere, and what is not set is None.
+    Here what is not set is None.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
     args = read_flags(
-        description, *groups, argv=_front(words), positional=positional,
+        description, *groups, argv=argv, positional=positional,
         expand=lambda given, values: {}, find_conflict=lambda flags: None,
     )  # fmt: skip
     unset = {name: None for name, value in vars(args).items() if value in ("", -1)}
@@ -101,20 +99,3 @@ def reason_of(error: Exception) -> str:
     """Return why a file cannot be written, in the words of the system if it has any."""
     cause = error.__cause__ or error
     return getattr(cause, "strerror", None) or first_line(cause)
-
-
-def _front(words: list[str]) -> list[str]:
-    """Put what belongs to no flag before the flags, each of which takes one value."""
-    free, flags = [], []
-    while words:
-        word = words.pop(0)
-        if word == "--":  # what follows is no flag
-            free += words
-            break
-        if not word.startswith("-"):
-            free.append(word)
-            continue
-        flags.append(word)
-        if word not in ("-h", "--help") and "=" not in word and words:
-            flags.append(words.pop(0))
-    return free + flags

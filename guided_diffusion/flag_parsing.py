@@ -129,7 +129,8 @@ def read_flags(
         groups: the dataclasses whose flags the program has.
         argv: the command line, sys.argv[1:] by default.
         overrides: defaults of this program where they differ.
-        positional: flags whose values may stand at the front without the flags' names.
+        positional: flags whose values may stand anywhere without the flags' names; those that
+            are not named, in this order.
         expand: (given, defaults of all flags) -> flags that others which were given stand for; it
             raises a ValueError if there is something wrong with those.
         find_conflict: says which flags do not go together.
@@ -144,9 +145,7 @@ def read_flags(
         section = parser.add_argument_group(group.__doc__.rstrip("."))
         for f in fields(group):
             _add_flag(section, f, values[f.name])
-    given = vars(
-        parser.parse_args(_name_values(sys.argv[1:] if argv is None else argv, positional))
-    )
+    given = _parse(parser, None if argv is None else list(argv), positional)
     try:
         values |= expand(given, values) | given
     except ValueError as error:
@@ -159,13 +158,19 @@ def read_flags(
     return argparse.Namespace(**values, given=set(given))
 
 
-def _name_values(argv: Iterable[str], positional: Sequence[str]) -> list[str]:
-    """Put the names of flags before the values at the front of a command line."""
-    words, names = list(argv), list(positional)
-    named = []
-    while words and names and not words[0].startswith("-"):
-        named += [f"--{names.pop(0)}", words.pop(0)]
-    return named + words
+def _parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, positional: Sequence[str]
+) -> dict[str, Any]:
+    """Return the flags that a command line gives; a value without a name is its flag's by place."""
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    found = parser.parse_intermixed_args(argv)
+    words, names = found.words, [name for name in positional if not hasattr(found, name)]
+    if words[len(names) :]:
+        parser.error(f"unrecognized arguments: {' '.join(words[len(names) :])}")
+    placed = [f"--{name}={word}" for name, word in zip(names, words, strict=False)]
+    parser.parse_args(placed, found)
+    del found.words
+    return vars(found)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -160,6 +161,54 @@ def test_flags_are_never_abbreviated():
     """--num_sam is no flag: a new flag would make it ambiguous."""
     with pytest.raises(SystemExit):
         config.parse_flags("", config.BatchConfig, argv=["--batch", "3"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Flags of which two may stand without their names."""
+
+    source: str = config.flag("", "whence", required=True)
+    copies: int = config.flag(1, "how many", check=flag_checks.at_least(1))
+    offset: float = config.flag(0.0, "how far")
+    label: str = config.flag("", "what it is called")
+
+
+WORDS = ["a.npz", "--offset -3", "--label=x", "2"]
+LINES = [
+    " ".join(line)
+    for line in itertools.permutations(WORDS)
+    if line.index("2") > line.index("a.npz")
+]
+
+
+@pytest.mark.parametrize(
+    "line", [*LINES, "--offset -3 --label x -- a.npz 2", "2 --label x --source a.npz --offset=-3"]
+)
+def test_values_without_names_may_stand_anywhere(line):
+    """Between flags and around them; their own order tells which is whose."""
+    args = config.parse_flags("", Words, argv=line.split(), positional=("source", "copies"))
+    assert (args.source, args.copies, args.offset, args.label) == ("a.npz", 2, -3, "x")
+    assert args.given == {"source", "copies", "offset", "label"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("a --label x 2 c", "unrecognized arguments: c"),
+        ("--label x a b", "--copies: invalid int value: 'b'"),
+        ("--source a 2 c", "unrecognized arguments: c"),
+        ("a --label x 0", "--copies 0 must be at least 1"),
+        ("--label x", "--source is missing"),
+        ("a 2 --label", "--label: expected one argument"),
+        ("a --lable x", "unrecognized arguments: --lable"),
+    ],
+)
+def test_values_without_names_are_checked_as_those_with(line, words, capsys):
+    """One line that says what is wrong."""
+    with pytest.raises(SystemExit):
+        config.parse_flags("", Words, argv=line.split(), positional=("source", "copies"))
+    found = capsys.readouterr().err
+    assert words in found and found.count("\n") == 1
 
 
 @pytest.mark.parametrize(
