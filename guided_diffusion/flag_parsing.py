@@ -15,6 +15,7 @@ from typing import Any
 from .flag_checks import PATHS, Check, str2bool
 from .heartbeat import explain
 from .launchers import read_launch
+from .signals import INTERRUPTED, ended_by_ctrl_c
 
 
 def flag(
@@ -176,12 +177,14 @@ def _parse(
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; a user's mistake ends in one line on stderr and exit code 1.
 
-    The whole traceback is shown when GUIDED_DIFFUSION_TRACEBACK is set.
+    The whole traceback is shown when GUIDED_DIFFUSION_TRACEBACK is set. Ctrl-C ends the script
+    without a word, and if it comes again, at once.
     """
     try:
-        main()
+        with ended_by_ctrl_c():
+            main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         line = explain(error)
         if line is None or os.environ.get("GUIDED_DIFFUSION_TRACEBACK"):

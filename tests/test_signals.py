@@ -1,11 +1,15 @@
-"""Signals ask the loop to stop; nothing else is interrupted."""
+"""Signals ask the loop to stop; nothing else is interrupted. Ctrl-C ends a program for sure."""
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
+from launching import clean_environment
 
+from guided_diffusion.flag_parsing import run
 from guided_diffusion.signals import ASKING, StopSignals
 
 
@@ -47,3 +51,51 @@ def test_another_thread_may_train():
     thread.start()
     thread.join()
     assert seen == [None] and [signal.getsignal(number) for number in ASKING] == before
+
+
+PROGRAM = """
+import sys, threading, time
+from guided_diffusion.flag_parsing import run
+def pause(moment):
+    print(moment, flush=True)
+    time.sleep(60 if moment in sys.argv else 0)
+def wait_for_the_end():
+    while threading.main_thread().is_alive():
+        time.sleep(0.01)
+    pause("ended")  # Python waits for its threads
+def main():
+    threading.Thread(target=wait_for_the_end).start()
+    try:
+        pause("begun")
+    finally:
+        pause("ending")
+run(main)
+"""
+
+
+@pytest.mark.parametrize("moments", [("begun", "ending"), ("begun", "ended"), ("ended",)])
+def test_ctrl_c_ends_a_program_at_any_moment(moments):
+    """Also while the first one is answered and while Python ends: in one line, without waiting."""
+    command = [sys.executable, "-c", PROGRAM, *moments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=clean_environment(), **pipes) as process:
+        for moment in moments:
+            while process.stdout.readline() != f"{moment}\n":
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "-c: interrupted\n"
+    assert process.returncode == 130
+
+
+def test_ctrl_c_once_ends_a_program_without_a_word(capsys):
+    """As long as nothing holds up its end."""
+    with pytest.raises(SystemExit) as end:
+        run(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert end.value.code == 130 and capsys.readouterr() == ("", "")
+
+
+def test_a_program_that_is_not_to_hear_ctrl_c_does_not():
+    """Who starts it decides, as nohup and the & of a script do."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run(lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
