@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,6 @@ class Scores:
     accuracy: float
     precision: float
     recall: float
-    seconds_per_image: float | None = None  # what drawing took, where that was seen
 
 
 def spread(count: int, total: int) -> np.ndarray:
@@ -103,9 +102,7 @@ class Scorer:
             recall=recall,
         )
 
-    def score_file(
-        self, npz: Path, seconds_per_image: float | None = None, first: int | None = None
-    ) -> Scores:
+    def score_file(self, npz: Path, first: int | None = None) -> Scores:
         """Score a file of samples, or its first ones, or return what was kept; keep the scores.
 
         Raises:
@@ -116,7 +113,6 @@ class Scorer:
         if scores is None:
             images, labels = read_samples(str(npz))
             scores = self.score(images[:first], labels[:first])
-            scores = replace(scores, seconds_per_image=seconds_per_image)
             self._write(kept, scores)
         return scores
 
@@ -141,7 +137,8 @@ class Scorer:
             if kept.stat().st_mtime < newer_than:
                 return None
             found = json.loads(kept.read_text())
-            return Scores(**found["scores"]) if found["scorer"] == self.key else None
+            known = {field.name: found["scores"][field.name] for field in fields(Scores)}
+            return Scores(**known) if found["scorer"] == self.key else None
         except (OSError, ValueError, KeyError, TypeError):
             return None  # missing, broken or of another version: scored anew
 

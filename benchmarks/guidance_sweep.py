@@ -9,7 +9,9 @@ weaker network (autoguidance, Karras et al. 2024), at several scales, from the s
 the best scale of each kind and the next larger one, limits guidance to an interval of noise levels,
 LO < sigma <= HI (Kynkaanniemi et al. 2024): first HI is searched with LO = 0, then, for the best of
 these, LO. "Best" is the least distance to the real test images (garment_scores.py). Prints Markdown
-tables and writes them into --out. An interrupted sweep goes on by the same command.
+tables and writes them into --out. An interrupted sweep goes on by the same command. --time then
+measures the seconds per image of the best of each kind, everywhere and in an interval: run it on a
+machine without other work.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import sweep_timing
 from garment_scores import Scores
 from solver_sweep import SAMPLERS, plan
 from sweeping import (
@@ -165,7 +168,11 @@ def best_ends(results: Results, refined: list[Guidance]) -> list[Guidance]:
 
 
 def search(
-    wanted: list[Guidance], sigmas: list[float], args: argparse.Namespace, sweep: Sweep
+    wanted: list[Guidance],
+    sigmas: list[float],
+    args: argparse.Namespace,
+    sweep: Sweep,
+    levels: list[float],
 ) -> Results:
     """Score the scales everywhere, then the best of them up to HI, then one of each kind from LO.
 
@@ -174,8 +181,8 @@ def search(
         sigmas: candidates for both ends of the interval; none for no intervals.
         args: the command line.
         sweep: draws and scores.
+        levels: the noise level of each call without guidance.
     """
-    levels = levels_of(args.sampler, args.calls, args.steps_by)
     results = score_all(wanted, args, sweep, levels)
     refined = [g for kind in KINDS for g in to_refine(results, kind)]
     highs = (replace(g, high=sigma) for g in refined for sigma in sigmas)
@@ -189,42 +196,65 @@ def search(
 # Reporting
 
 
-def table(kind: str, results: Results, args: argparse.Namespace) -> str:
+def best_of(results: Results, kind: str) -> list[Guidance]:
+    """Return the best of a kind that guides everywhere, and the best of all, which may be it."""
+    guided = [g for g in results if g.kind == kind and not g.is_off]
+    everywhere = [g for g in guided if not g.interval]
+    best = (min(found, key=lambda g: results[g].fd) for found in (everywhere, guided) if found)
+    return list(dict.fromkeys(best))
+
+
+def time_best(results: Results, args: argparse.Namespace, levels: list[float]) -> None:
+    """Measure and keep the seconds per image without guidance and of the best of each kind."""
+    chosen = [g for g in results if g.is_off][:1] + [g for k in KINDS for g in best_of(results, k)]
+    plans = [plan_guided(guidance, args, levels) for guidance in chosen]
+    seconds = sweep_timing.measure({drawing.name: drawing for drawing in plans}, args)
+    sweep_timing.keep(timing_path(args), seconds, args)
+
+
+def timing_path(args: argparse.Namespace) -> Path:
+    """Return the file of what --time measures."""
+    return args.out / f"timing_{stem(args)}{'_bf16' if args.bf16 else ''}.json"
+
+
+def stem(args: argparse.Namespace) -> str:
+    """Return what the chains without guidance are called in names of files."""
+    return f"{args.sampler}_{args.calls}_{args.steps_by}"
+
+
+def table(kind: str, results: Results, args: argparse.Namespace, levels: list[float]) -> str:
     """Return the table of a kind of guidance, its least distance in bold."""
-    levels = levels_of(args.sampler, args.calls, args.steps_by)
+    seconds = sweep_timing.read(timing_path(args))
     mine = sorted((g for g in results if g.kind == kind), key=lambda g: (g.scale, g.low, g.high))
     best = min(mine, key=lambda g: results[g].fd, default=None)
     rows = []
     for guidance in mine:
-        scores, more = results[guidance], sum(guidance.where(levels))
+        distance, *others = shown(results[guidance])
+        more = sum(guidance.where(levels))
         calls = [len(levels), more] if kind == "classifier" else [len(levels) + more, 0]
-        distance, *others = shown(scores)
-        seconds = scores.seconds_per_image
+        time = seconds.get(plan_guided(guidance, args, levels).name)
         rows.append([
             f"{guidance.scale:g}",
             "" if guidance.is_off else guidance.interval or "everywhere",
             f"**{distance}**" if guidance == best else distance,
             *others,
             *map(str, calls),
-            "-" if seconds is None else f"{seconds:.3f}",
+            f"{time:.4f}" if time else "-",
         ])  # fmt: skip
     head = [f"{kind} scale", "sigma", *SHOWN, "network calls", "classifier calls", "seconds"]
     return markdown(head, rows)
 
 
-def report(results: Results, args: argparse.Namespace, sweep: Sweep) -> None:
+def report(results: Results, args: argparse.Namespace, sweep: Sweep, levels: list[float]) -> None:
     """Print the tables, and write them into --out."""
     kinds = [kind for kind in KINDS if any(g.kind == kind for g in results)]
     real = [[f"{s.num_samples:,}", *shown(s)] for s in sweep.real().values()]
     how = f"{args.num_samples:,} images each, {args.sampler}, {args.calls} calls without guidance."
-    note = (
-        "Calls and seconds are per image; seconds are those of this sweep, with --workers "
-        f"{args.workers}."
-    )
-    tables = [f"{table(kind, results, args)}\n" for kind in kinds]
+    note = "Calls and seconds are per image; seconds are those of --time, on one thread."
+    tables = [f"{table(kind, results, args, levels)}\n" for kind in kinds]
     yardstick = markdown(["real training images", *SHOWN], real)
     text = "\n".join([f"{how} {note}\n", *tables, yardstick, ""])
-    path = args.out / f"guidance_{args.sampler}_{args.calls}_{args.steps_by}.md"
+    path = args.out / f"guidance_{stem(args)}.md"
     checkpoints.write_bytes(str(path), text.encode())
     print(text)
     print(f"tables: {path.resolve()}")
@@ -238,7 +268,11 @@ def sweep_guidance(args: argparse.Namespace) -> Sweep:
     sigmas = numbers_of(args.sigmas, float, "--sigmas") if args.sigmas else []
     sweep = Sweep(args)
     wanted = [Guidance(kind, scale) for kind in kinds for scale in scales[kind]]
-    report(search(wanted, sigmas, args, sweep), args, sweep)
+    levels = levels_of(args.sampler, args.calls, args.steps_by)
+    results = search(wanted, sigmas, args, sweep, levels)
+    if args.time:
+        time_best(results, args, levels)
+    report(results, args, sweep, levels)
     return sweep
 
 
@@ -255,6 +289,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--sigmas", default="0.3,1,3", help="ends of intervals to try; '' for none")
     add("--sampler", default="dpmpp_2m_sde", help=f"one of {', '.join(SAMPLERS)}")
     add("--calls", type=positive, default=10, help="of the network, without guidance")
+    add("--time", action="store_true", help="also measure seconds per image of the best")
     add_flags(parser, "runs/guidance_sweep")
     return parser.parse_args(argv)
 

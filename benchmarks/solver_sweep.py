@@ -14,34 +14,24 @@ machine without other work.
 """
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
+import sweep_timing
 from garment_scores import Scores
 from sweeping import (
     SHOWN,
     Drawing,
     Sweep,
     add_flags,
-    command,
     markdown,
     names_of,
     numbers_of,
-    one_thread,
     positive,
     run_program,
     shown,
 )
-from tqdm import tqdm
 
 from guided_diffusion import checkpoints
 from guided_diffusion.sampling_flags import PUBLISHED_SAMPLERS
@@ -52,7 +42,6 @@ SAMPLERS = [
     "dpmpp_2m_sde", *ORDERS,
 ]  # fmt: skip
 NUM_BEST = 3  # samplers that get a larger set
-NUM_TIMED, NUM_ROUNDS = 50, 3  # images and rounds of --time
 COLOURS = [
     "#000000", "#1f77b4", "#7f7f7f", "#17becf", "#9467bd", "#d62728", "#ff7f0e", "#bcbd22",
     "#e377c2", "#2ca02c", "#8c564b",
@@ -202,78 +191,33 @@ def large_table(large: Large, real: dict[int, Scores]) -> list[str]:
 
 def timing_path(args: argparse.Namespace) -> Path:
     """Return the file that --time writes and the plot reads."""
-    return args.out / f"timing_{args.steps_by}{'_bf16' if args.bf16 else ''}.json"
+    kind = f"{args.steps_by}{'_bf16' if args.bf16 else ''}"
+    return args.out / f"timing_{args.final_calls}_{kind}.json"
 
 
 def read_timing(args: argparse.Namespace) -> dict[str, float]:
     """Return the seconds per image and call of each sampler; empty if --time has not run."""
-    path = timing_path(args)
-    rows = json.loads(path.read_text())["samplers"] if path.exists() else {}
-    return {name: row["seconds_per_image"] / row["calls"] for name, row in rows.items()}
+    seconds = sweep_timing.read(timing_path(args))
+    return {
+        name: seconds[name] / plan(name, args.final_calls, 1, args.steps_by).calls
+        for name in seconds
+    }
 
 
 def time_samplers(args: argparse.Namespace) -> None:
-    """Measure the seconds per image of each sampler, print a table and keep the figures.
-
-    Each round draws NUM_TIMED images with every sampler, and twice as many: the difference does
-    not contain the start of the script.
-    """
+    """Measure the seconds per image of each sampler, print a table and keep the figures."""
     plans = {
-        name: plan(name, args.final_calls, NUM_TIMED, args.steps_by)
+        name: plan(name, args.final_calls, args.num_samples, args.steps_by)
         for name in names_of(args.samplers, SAMPLERS, "--samplers")
     }
-    found = {name: [] for name in plans}
-    bar = tqdm(total=NUM_ROUNDS * len(plans), desc="timing", unit="run")
-    with bar:
-        for _ in range(NUM_ROUNDS):
-            for name, drawing in plans.items():
-                twice = replace(drawing, num_samples=2 * NUM_TIMED)
-                seconds = seconds_of(twice, args) - seconds_of(drawing, args)
-                found[name].append(seconds / NUM_TIMED)
-                bar.update()
-    rows = {
-        name: {"seconds_per_image": median(found[name]), "calls": plans[name].calls}
-        for name in plans
-    }
-    report_timing(rows, args)
-
-
-def seconds_of(drawing: Drawing, args: argparse.Namespace) -> float:
-    """Draw a set into a folder that is thrown away; return the seconds from start to end.
-
-    Raises:
-        ValueError: the script failed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        done = subprocess.run(
-            command(drawing, args, Path(folder)), capture_output=True, text=True, env=one_thread()
-        )
-        seconds = time.perf_counter() - start
-    if done.returncode:
-        raise ValueError(f"{drawing.name}: {done.stderr.strip().splitlines()[-1]}")
-    return seconds
-
-
-def report_timing(rows: dict[str, dict], args: argparse.Namespace) -> None:
-    """Print the table of --time, and keep it where the plot finds it."""
-    base = rows.get("ancestral", {}).get("seconds_per_image")
-    cells = [
-        [
-            name,
-            str(row["calls"]),
-            f"{row['seconds_per_image']:.4f}",
-            f"{row['seconds_per_image'] / base:.2f}" if base else "-",
-        ]
-        for name, row in rows.items()
+    seconds = sweep_timing.measure(plans, args)
+    base = seconds.get("ancestral")
+    rows = [
+        [name, str(plans[name].calls), f"{x:.4f}", f"{x / base:.2f}" if base else "-"]
+        for name, x in seconds.items()
     ]
-    print(markdown(["sampler", "calls", "seconds per image", "ratio to ancestral"], cells))
-    where = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    content = {**where, "threads": 1, "bf16": args.bf16, "samplers": rows}
-    path = timing_path(args)
-    checkpoints.make_folder(str(path.parent))
-    checkpoints.write_bytes(str(path), f"{json.dumps(content, indent=1)}\n".encode())
-    print(f"timing: {path.resolve()}")
+    print(markdown(["sampler", "calls", "seconds per image", "ratio to ancestral"], rows))
+    sweep_timing.keep(timing_path(args), seconds, args)
 
 
 # --------------------------------------------------------------------------------------------

@@ -119,7 +119,6 @@ class Sweep:
         self.failures: list[str] = []
         self._children: set[subprocess.Popen] = set()
         self._stopped = False
-        self._paces: dict[Path, float] = {}
 
     def path(self, drawing: Drawing) -> Path:
         """Return the file of a set."""
@@ -165,11 +164,7 @@ class Sweep:
         )  # fmt: skip
 
     def _look(self, drawings: Sequence[Drawing]) -> int:
-        """Return how many calls of the network are done, and note how fast each set grows."""
-        for drawing in drawings:
-            found = pace(self.path(drawing))
-            if found is not None:
-                self._paces[self.path(drawing)] = found
+        """Return how many calls of the network are done."""
         return sum(images_there(self.path(d), d.num_samples) * d.calls for d in drawings)
 
     def _refuse_others(self, drawing: Drawing) -> None:
@@ -189,7 +184,7 @@ class Sweep:
         npz = self.path(drawing)
         if not npz.exists():
             self._draw(drawing)
-        return self.scorer.score_file(npz, self._paces.get(npz))
+        return self.scorer.score_file(npz)
 
     def _draw(self, drawing: Drawing) -> None:
         """Run the script that draws a set; what it prints goes to output.txt in the folder."""
@@ -255,34 +250,13 @@ def command(drawing: Drawing, args: argparse.Namespace, folder: Path) -> list[st
     return [str(word) for word in words]
 
 
-def shards_of(npz: Path) -> list[tuple[int, Path]]:
-    """Return how many images each finished batch of a set has, and its file, in order."""
-    found = []
-    for path in sorted(npz.with_suffix(".shards").glob("images_*.npy")):
-        match = re.fullmatch(r"images_(\d+)_(\d+)\.npy", path.name)
-        if match:
-            found.append((int(match[2]) - int(match[1]), path))
-    return found
-
-
 def images_there(npz: Path, num_samples: int) -> int:
-    """Return how many images of a set are drawn."""
+    """Return how many images of a set are drawn: all, or those of the finished batches."""
     if npz.exists():
         return num_samples
-    return min(num_samples, sum(count for count, _ in shards_of(npz)))
-
-
-def pace(npz: Path) -> float | None:
-    """Return the median of the seconds per image from one finished batch to the next.
-
-    So neither the start of the script counts nor an interruption. None for fewer than two batches.
-    """
-    try:
-        ends = sorted((path.stat().st_mtime, count) for count, path in shards_of(npz))
-    except FileNotFoundError:  # the set is being put together, just now
-        return None
-    gaps = sorted((end - ends[i][0]) / count for i, (end, count) in enumerate(ends[1:]))
-    return gaps[len(gaps) // 2] if gaps else None
+    names = (path.name for path in npz.with_suffix(".shards").glob("images_*.npy"))
+    ends = filter(None, (re.fullmatch(r"images_(\d+)_(\d+)\.npy", name) for name in names))
+    return min(num_samples, sum(int(end[2]) - int(end[1]) for end in ends))
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

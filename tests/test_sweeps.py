@@ -39,7 +39,10 @@ np.savez(stem + ".npz", images, np.arange(count) % 10)
 def programs(monkeypatch, tmp_path):
     """The programs, as modules, running scripts that write noise and keep a list of calls."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    names = "fashion_classifier", "garment_scores", "sweeping", "solver_sweep", "guidance_sweep"
+    names = (
+        "fashion_classifier", "garment_scores", "sweeping", "sweep_timing", "solver_sweep",
+        "guidance_sweep",
+    )  # fmt: skip
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
@@ -196,17 +199,15 @@ def test_an_interrupted_sweep_leaves_no_script_behind(programs, flags, monkeypat
 
 
 def test_progress_counts_finished_batches(programs, tmp_path):
-    """Images of shards count, half-written files do not; the pace is that between batches."""
+    """Images of shards count, those of half-written files do not."""
     sweeping, npz = programs.sweeping, tmp_path / "samples_100x28x28x1.npz"
-    assert sweeping.images_there(npz, 100) == 0 and sweeping.pace(npz) is None
+    assert sweeping.images_there(npz, 100) == 0
     shards = tmp_path / "samples_100x28x28x1.shards"
     shards.mkdir()
-    for i, end in enumerate((5.0, 15.0, 25.0, 1000.0)):  # an interruption before the last
-        path = shards / f"images_{10 * i:09d}_{10 * i + 10:09d}.npy"
-        path.touch()
-        sweeping.os.utime(path, (end, end))
+    for start in (0, 10, 30):
+        (shards / f"images_{start:09d}_{start + 10:09d}.npy").touch()
     (shards / "images_000000040_000000050.npy.tmp7").touch()
-    assert sweeping.images_there(npz, 100) == 40 and sweeping.pace(npz) == 1.0
+    assert sweeping.images_there(npz, 100) == 30
     npz.touch()
     assert sweeping.images_there(npz, 100) == 100
 
@@ -255,12 +256,14 @@ def test_scores_are_kept_while_file_and_judge_are_the_same(programs, flags, tmp_
     images = np.zeros((20, 28, 28, 1), np.uint8)
     images[10:] = 255
     np.savez(npz, images, np.arange(20) % 10)
-    scores, kept = scorer.score_file(npz, 0.5), npz.with_suffix(".scores.json")
-    assert scores.seconds_per_image == 0.5 and json.loads(kept.read_text())["scores"]["fd"] > 0
-    assert scorer.score_file(npz) == scores
+    scores, kept = scorer.score_file(npz), npz.with_suffix(".scores.json")
+    content = json.loads(kept.read_text())
+    content["scores"]["fd"] = 7.0  # shows what was read and not computed
+    kept.write_text(json.dumps(content))
+    assert scorer.score_file(npz) == replace(scores, fd=7.0)
     assert scorer.score_file(npz, first=10) == scorer.score(images[:10], np.arange(10))
     scorer.key = "of another judge"
-    assert scorer.score_file(npz).seconds_per_image is None
+    assert scorer.score_file(npz) == scores
     later = npz.stat().st_mtime + 10
     np.savez(npz, images[:, ::-1] // 2, np.arange(20) % 10)
     programs.sweeping.os.utime(npz, (later, later))
@@ -293,7 +296,8 @@ def test_guidance_is_searched_scale_first_then_high_then_low(programs, flags, mo
     monkeypatch.setattr(guiding, "score_all", score_all)
     args = guiding.parse(flags)
     scales = [guiding.Guidance("cfg", scale) for scale in (1, 1.5, 2, 3)]
-    results = guiding.search(scales, [0.5, 1, 5, 5.0001], args, sweep=None)
+    levels = guiding.levels_of(args.sampler, args.calls, args.steps_by)
+    results = guiding.search(scales, [0.5, 1, 5, 5.0001], args, sweep=None, levels=levels)
     assert rounds[0] == scales
     assert {(g.scale, g.low, g.high) for g in rounds[1]} == {
         (scale, 0, high) for scale in (2, 3) for high in (0.5, 1, 5)
@@ -339,7 +343,7 @@ def test_timing_excludes_the_start_and_goes_into_the_plot(programs, flags, monke
     solvers = programs.solver_sweep
     speed = {"ancestral": 0.1, "heun": 0.2}
     monkeypatch.setattr(
-        solvers, "seconds_of",
+        programs.sweep_timing, "seconds_of",
         lambda drawing, args: 7 + drawing.num_samples * speed[drawing.name.split("_")[0]],
     )  # fmt: skip
     options = [*flags, "--samplers", "ancestral,heun"]
@@ -351,13 +355,31 @@ def test_timing_excludes_the_start_and_goes_into_the_plot(programs, flags, monke
     assert timing == pytest.approx({"ancestral": 0.1 / 20, "heun": 0.2 / 19})
 
 
+def test_the_best_of_each_kind_of_guidance_are_timed(programs, flags, monkeypatch, capsys):
+    """The best everywhere, the best interval and no guidance get seconds, others a dash."""
+    guiding = programs.guidance_sweep
+    monkeypatch.setattr(
+        programs.sweep_timing, "seconds_of",
+        lambda drawing, args: 7 + drawing.num_samples * drawing.calls / 100,
+    )  # fmt: skip
+    options = [*flags, "--kinds", "cfg", "--cfg", "1,2,3", "--sigmas", "1", "--calls", "4"]
+    assert guiding.main([*options, "--time"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    seconds = {(row[0], row[1]): row[-1] for row in cells if row[0] in "123"}
+    calls = {(row[0], row[1]): int(row[6]) for row in cells if row[0] in "123"}
+    timed = {key for key, cell in seconds.items() if cell != "-"}
+    assert ("1", "") in timed and len(timed) in (2, 3) and len(seconds) > len(timed)
+    assert all(float(seconds[key]) == calls[key] / 100 for key in timed)
+
+
 def test_a_script_that_is_timed_is_run_in_full(programs, flags):
     """Its folder is thrown away; its failure is an error."""
-    solvers = programs.solver_sweep
+    solvers, timing = programs.solver_sweep, programs.sweep_timing
     args = solvers.parse(flags)
-    assert solvers.seconds_of(solvers.plan("ddim", 4, 10, "published"), args) > 0
+    assert timing.seconds_of(solvers.plan("ddim", 4, 10, "published"), args) > 0
     with pytest.raises(ValueError, match="bad luck"):
-        solvers.seconds_of(solvers.plan("ddim", 13, 10, "published"), args)
+        timing.seconds_of(solvers.plan("ddim", 13, 10, "published"), args)
 
 
 @pytest.mark.parametrize(
