@@ -15,7 +15,6 @@ from guided_diffusion.flag_checks import (
     output_folder,
 )
 from guided_diffusion.flag_parsing import flag, read_flags, same_as
-from guided_diffusion.launchers import first_line
 
 
 @dataclass(frozen=True)
@@ -93,9 +92,3 @@ def parse(
     )  # fmt: skip
     unset = {name: None for name, value in vars(args).items() if value in ("", -1)}
     return argparse.Namespace(**vars(args) | unset)
-
-
-def reason_of(error: Exception) -> str:
-    """Return why a file cannot be written, in the words of the system if it has any."""
-    cause = error.__cause__ or error
-    return getattr(cause, "strerror", None) or first_line(cause)

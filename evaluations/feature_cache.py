@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 
 from guided_diffusion import checkpoints
-from guided_diffusion.launchers import first_line
 
 from .features import Extractor, Features, Report, ignore
 from .inception_weights import cache_folder
@@ -79,7 +78,7 @@ class FeatureCache:
             os.makedirs(self._folder, exist_ok=True)
             checkpoints.write_file(path, lambda file: np.savez(file, **present), durable=False)
         except OSError as error:
-            reason = first_line(error.__cause__ or error)
+            reason = checkpoints.reason_of(error)
             print(f"features are not kept in {self._folder} ({reason})", file=sys.stderr)
             self._folder = None
 

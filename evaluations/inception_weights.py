@@ -4,18 +4,13 @@ The file is TensorFlow's graph or one of two known conversions of it to PyTorch;
 which. Nothing in it is ever run. Its SHA-256 is printed, and kept beside it in the cache.
 """
 
-import http.client
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from guided_diffusion import checkpoints, dist_util
+from guided_diffusion import checkpoints, dist_util, downloads
 
 from .graph_reader import read_constants
 from .inception import Inception
@@ -29,8 +24,6 @@ CONVERSIONS = (
 )
 CACHE = "GUIDED_DIFFUSION_CACHE"  # the variable that names the folder of kept files
 TORCH_STARTS = (b"PK", b"\x80")  # how the two formats of torch.save begin
-BLOCK = 2**18  # bytes in a read
-TIMEOUT = 60.0  # seconds without a byte
 
 
 def load_inception(path: str | None = None, device: torch.device | str | None = None) -> Inception:
@@ -87,7 +80,10 @@ def find_weights(path: str | None = None) -> str:
     found = next(filter(os.path.isfile, kept), None)
     if found is None:
         found = kept[0]
-        download(found)
+        elsewhere = f"set ${CACHE} to another folder"
+        downloads.download(
+            downloads.Wanted(URL, NUM_BYTES, remedy=_advice(), elsewhere=elsewhere), found
+        )
     return found
 
 
@@ -96,48 +92,6 @@ def _advice() -> str:
         f"download {URL} and put it into {cache_folder()}, or give its place with --inception; "
         f"pytorch-fid's {CONVERSIONS[0]} and torch-fidelity's {CONVERSIONS[1]} serve as well"
     )
-
-
-def download(path: str) -> None:
-    """Download the graph to a path, which is only there when all of it is.
-
-    Raises:
-        ValueError: the server or the disk does not let it, or other bytes came than expected.
-    """
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        checkpoints.write_file(path, lambda file: file.writelines(_fetch(URL)))
-    except OSError as error:
-        cause = error.__cause__ or error
-        raise ValueError(
-            f"{path} cannot be written ({getattr(cause, 'strerror', None) or cause}): make room "
-            f"there, or set ${CACHE} to another folder"
-        ) from error
-
-
-def _fetch(url: str) -> Iterator[bytes]:
-    """Yield what comes from an address block by block, and show how fast."""
-    request = urllib.request.Request(url, headers={"User-Agent": "guided-diffusion"})
-    received = 0
-    try:
-        with (
-            urllib.request.urlopen(request, timeout=TIMEOUT) as answer,
-            tqdm(desc=GRAPH, total=NUM_BYTES, unit="B", unit_scale=True) as bar,
-        ):
-            while received <= NUM_BYTES and (block := answer.read(BLOCK)):
-                received += len(block)
-                bar.update(len(block))
-                yield block
-    except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()
-        reason = (str(error).strip("<>") or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{GRAPH} cannot be downloaded ({reason}): {_advice()}") from error
-    if received != NUM_BYTES:
-        found = "more" if received > NUM_BYTES else f"{received:,}"
-        raise ValueError(
-            f"{url} brought {found} bytes instead of {NUM_BYTES:,}: try again later, or {_advice()}"
-        )
 
 
 # --------------------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from guided_diffusion.checkpoint_sets import reserved
 from guided_diffusion.data_sources import Source, open_source
 from guided_diffusion.progress import Progress
 
-from .command_line import reason_of
 from .features import Extractor, load_extractor
 from .image_sets import FEATURES, MIN_IMAGES, SUFFIXES, CroppedImages, read_ahead
 from .measuring import add_moments, parts_of
@@ -128,7 +127,8 @@ def _own(folder: str, out: str) -> Iterator[None]:
 def _unwritable(out: str, error: Exception) -> OSError:
     return OSError(
         f"--out {out} or {os.path.basename(out)}{ENDING} beside it cannot be written "
-        f"({reason_of(error)}): make room there and repeat the command, or choose another --out"
+        f"({checkpoints.reason_of(error)}): make room there and repeat the command, or choose "
+        "another --out"
     )
 
 

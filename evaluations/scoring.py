@@ -19,7 +19,6 @@ from guided_diffusion import checkpoints, dist_util
 from guided_diffusion.image_decoding import is_url
 
 from . import metrics
-from .command_line import reason_of
 from .feature_cache import FeatureCache
 from .features import Extractor, load_extractor
 from .image_sets import MIN_IMAGES, Gaussian, ImageSet, open_images
@@ -142,7 +141,9 @@ def write_json(path: str, report: dict[str, Any]) -> None:
         checkpoints.write_bytes(path, f"{text}\n".encode())
     except OSError as error:
         remedy = "make room there, or choose another file; the scores are those printed above"
-        raise OSError(f"--json {path} cannot be written ({reason_of(error)}): {remedy}") from error
+        raise OSError(
+            f"--json {path} cannot be written ({checkpoints.reason_of(error)}): {remedy}"
+        ) from error
 
 
 def _source(stored: dict[str, Gaussian], kind: str) -> str:

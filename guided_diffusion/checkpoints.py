@@ -153,6 +153,16 @@ def write_file(path: str, write: Callable[[Any], None], durable: bool = True) ->
         ) from error
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why a file cannot be written, in the words of the system if it has any.
+
+    Args:
+        error: what `write_file` or `make_folder` raised, or what the system did.
+    """
+    cause = error.__cause__ or error
+    return getattr(cause, "strerror", None) or first_line(cause)
+
+
 def temporary_name(path: str) -> str:
     """Return the name under which this process writes a file before it gets its own."""
     return f"{path}.tmp{os.getpid()}"

@@ -1,7 +1,4 @@
-"""Downloads end in the released file, bit for bit, or in one line and no file by its name.
-
-A server on this machine breaks connections, lies and changes its files.
-"""
+"""Downloads end in the released file, bit for bit, or in one line and no file by its name."""
 
 import contextlib
 import hashlib
@@ -9,19 +6,17 @@ import importlib.util
 import io
 import json
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import ROOT
 from scripting import CLASSIFIER, SMALL, files_below
+from serving import DATE, serving
 
-from guided_diffusion import presets, script_util
+from guided_diffusion import downloads, presets, script_util
 
 NETWORKS = {"diffusion model": SMALL, "classifier": CLASSIFIER}
-DATE = "Mon, 05 Jul 2021 00:00:00 GMT"
 TINY = presets.Preset({"diffusion model": "tiny.pt", "classifier": "tiny_c.pt"}, NETWORKS)
 
 
@@ -52,66 +47,11 @@ def content(weights):
     return saved(weights)
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serves one file, as well as `server.plan` lets it."""
-
-    def do_GET(self):
-        plan = self.server.plan
-        plan.requests.append(dict(self.headers))
-        status = plan.statuses.pop(0) if plan.statuses else 200
-        if status != 200 or self.path != "/models/tiny.pt":
-            return self.send_error(status if status != 200 else 404)
-        start = self.asked_start()
-        if start is not None and start >= len(plan.content):
-            return self.answer(416, {"Content-Range": f"bytes */{len(plan.content)}"}, b"")
-        begin = 0 if start is None else start + plan.shifted
-        body = plan.content[begin:]
-        headers = {"Content-Length": str(len(body) + plan.exaggerated)} if plan.tells_size else {}
-        headers |= {k: v for k, v in plan.validators.items() if v}
-        if start is not None:
-            whole = len(plan.content)
-            headers["Content-Range"] = f"bytes {begin}-{whole - 1}/{whole}"
-        self.answer(200 if start is None else 206, headers, body)
-
-    def asked_start(self):
-        """Return where the asked part begins, None for the whole."""
-        plan, asked = self.server.plan, self.headers.get("Range")
-        if not (asked and plan.knows_ranges):
-            return None
-        version = self.headers.get("If-Range")
-        same = version is None or version in plan.validators.values()
-        return int(asked.removeprefix("bytes=").removesuffix("-")) if same else None
-
-    def answer(self, status, headers, body):
-        """Send an answer, or as much of it as the plan allows."""
-        plan = self.server.plan
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        most = plan.cuts.pop(0) if plan.cuts else len(body)
-        plan.sent += len(body[:most])
-        self.wfile.write(body[:most])
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server(content):
     """A server and its plan, by default a good one."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.plan = SimpleNamespace(
-        content=content, validators={"ETag": '"1"', "Last-Modified": DATE},
-        knows_ranges=True, tells_size=True, cuts=[], statuses=[], exaggerated=0, shifted=0,
-        requests=[], sent=0,
-    )  # fmt: skip
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving("/models/tiny.pt", content) as server:
+        yield server
 
 
 @pytest.fixture
@@ -127,8 +67,8 @@ def program(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "download", program)
     spec.loader.exec_module(program)
     monkeypatch.setattr(program, "PRESETS", {"tiny": TINY, "fashion": presets.PRESETS["fashion"]})
-    monkeypatch.setattr(program, "PAUSE", 0)
-    monkeypatch.setattr(program, "BLOCK", 1000)
+    monkeypatch.setattr(downloads, "PAUSE", 0)
+    monkeypatch.setattr(downloads, "BLOCK", 1000)
     monkeypatch.setattr("sys.argv", ["download.py"])
     monkeypatch.setenv("no_proxy", "*")
     return program
@@ -334,7 +274,7 @@ def test_damaged_checksums_come_first(download, plan, tmp_path):
 
 def test_ctrl_c_keeps_the_part(download, plan, program, content, tmp_path, monkeypatch):
     """The next run goes on from there."""
-    read, blocks = program._read, iter(range(20))
+    read, blocks = downloads._read, iter(range(20))
 
     def interrupted(answer):
         if next(blocks, None) is None:
@@ -342,7 +282,7 @@ def test_ctrl_c_keeps_the_part(download, plan, program, content, tmp_path, monke
         return read(answer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(program, "_read", interrupted)
+        patch.setattr(downloads, "_read", interrupted)
         done = download()
     assert done.code == 130 and "20,000 bytes" in done.out and not done.errors
     check_success(download(), tmp_path / "out", content)
@@ -352,13 +292,13 @@ def test_ctrl_c_keeps_the_part(download, plan, program, content, tmp_path, monke
 def test_one_download_of_a_file_at_a_time(download, program, tmp_path):
     """Another one is refused, and the part stays with the first."""
     (tmp_path / "out").mkdir()
-    with program.Part(str(tmp_path / "out" / "tiny.pt.part")).lock():
+    with downloads.Part(str(tmp_path / "out" / "tiny.pt.part")).lock():
         check_failure(download(), "tiny.pt.part is being written by another download")
 
 
 def test_too_little_room_is_told_before(download, program, content, tmp_path, monkeypatch):
     """A disk that is too full is told with the numbers."""
-    monkeypatch.setattr(program.shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
+    monkeypatch.setattr(downloads.shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
     check_failure(download(), f"{len(content):,} bytes", "--out")
     assert not (tmp_path / "out" / "tiny.pt").exists()
 

@@ -364,8 +364,8 @@ def test_a_small_part_of_the_package_is_leant_on():
         *(imported_files(path.read_text()) for path in (ROOT / "evaluations").glob("*.py"))
     )
     assert found <= {"checkpoint_sets", "checkpoints", "data_sources", "dist_util"} | {
-        "config", "flag_checks", "flag_parsing", "image_decoding", "launchers", "npz_rows",
-        "progress",
+        "config", "downloads", "flag_checks", "flag_parsing", "image_decoding", "launchers",
+        "npz_rows", "progress",
     }  # fmt: skip
 
 

@@ -7,14 +7,13 @@ import hashlib
 import math
 import os
 import socket
-import threading
 import zlib
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import torch
 from launching import ROOT
+from serving import serving
 from test_graph_reader import SHAPES, graph_of, listed, node, tensor
 
 from evaluations import inception_weights
@@ -27,6 +26,7 @@ from evaluations.inception import (
     resize,
 )
 from evaluations.inception_weights import CONVERSIONS, GRAPH, load_inception
+from guided_diffusion import downloads
 
 NAMES = ("pool3", "spatial", "softmax")  # of the reference arrays
 
@@ -204,6 +204,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, and no way to the internet."""
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(downloads, "PAUSE", 0)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -370,69 +371,53 @@ def test_without_weights_the_error_says_what_to_do(tmp_path, cache, given):
     assert "\n" not in line and not list(cache.iterdir())
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Serves one file, or a part of it."""
-
-    def do_GET(self):
-        data, status, claimed = self.server.plan
-        self.send_response(status)
-        if claimed is not None:
-            self.send_header("Content-Length", str(claimed))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
-def serve(cache, monkeypatch, small_graph):
-    """Let the published address be a server on this machine, with a smaller graph."""
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setattr(inception_weights, "URL", f"http://127.0.0.1:{server.server_port}/x")
-    monkeypatch.setattr(inception_weights, "NUM_BYTES", len(small_graph))
-
-    def serve(data, status=200, claimed=None):
-        server.plan = data, status, claimed
-
-    yield serve
-    server.shutdown()
-    thread.join()
-    server.server_close()
+def plan(cache, monkeypatch, small_graph):
+    """Let the published address be a server on this machine, with a smaller graph; its plan."""
+    with serving("/graph", small_graph) as server:
+        address = f"http://127.0.0.1:{server.server_port}/graph"
+        monkeypatch.setattr(inception_weights, "URL", address)
+        monkeypatch.setattr(inception_weights, "NUM_BYTES", len(small_graph))
+        yield server.plan
 
 
-def test_the_first_use_downloads_and_the_second_does_not(cache, serve, small_graph, capsys):
+def test_the_first_use_downloads_and_the_second_does_not(cache, plan, small_graph, capsys):
     """The graph is kept with its digest, and a bar shows how far it is."""
-    serve(small_graph, claimed=len(small_graph))
     first = load_inception(device="cpu")
     assert (cache / GRAPH).read_bytes() == small_graph and "100%" in capsys.readouterr().err
-    serve(b"", 500)
     assert_same_network(load_inception(device="cpu"), first)
     assert sorted(p.name for p in cache.iterdir()) == [GRAPH, f"{GRAPH}.sha256"]
+    assert len(plan.requests) == 1
+
+
+def test_a_download_that_broke_off_goes_on_at_the_next_use(cache, plan, small_graph):
+    """No byte of the 95 MB comes twice; until then nothing has the name of the graph."""
+    plan.cuts = [1000] + [0] * 5
+    with pytest.raises(ValueError, match="broke off .* go on from 1,000 bytes, or download http"):
+        load_inception(device="cpu")
+    assert not (cache / GRAPH).exists()
+    load_inception(device="cpu")
+    assert (cache / GRAPH).read_bytes() == small_graph and plan.sent == len(small_graph)
 
 
 @pytest.mark.parametrize(
-    ("cut", "status", "claims", "words"),
+    ("change", "words"),
     [
-        (0, 404, False, "404"),
-        (1000, 200, False, "brought 1,000 bytes"),
-        (1000, 200, True, "cannot be downloaded|brought 1,000 bytes"),
-        (None, 200, False, "brought more bytes"),
+        ({"statuses": [404]}, "cannot be downloaded .404"),
+        ({"content": b"<!DOCTYPE html>"}, "has 15 bytes instead of"),
+        ({"content": bytes(10**7), "tells_size": False}, "has more bytes instead of"),
     ],
 )
-def test_a_bad_download_leaves_nothing(cache, serve, small_graph, cut, status, claims, words):
-    """A part, too much or an error page never gets the name of the graph."""
-    data = small_graph * 2 if cut is None else small_graph[:cut]
-    serve(data, status, len(small_graph) if claims else None)
+def test_a_bad_download_leaves_nothing(cache, plan, change, words):
+    """Another file or an error page never gets the name of the graph; the line says what to do."""
+    vars(plan).update(change)
     with pytest.raises(ValueError, match=words) as error:
         load_inception(device="cpu")
-    assert "\n" not in str(error.value) and not list(cache.iterdir())
+    line = str(error.value)
+    assert "\n" not in line and "--inception" in line and not list(cache.iterdir())
 
 
-def test_a_cache_that_cannot_be_written_is_named(cache, serve, small_graph, monkeypatch):
-    serve(small_graph)
+def test_a_cache_that_cannot_be_written_is_named(cache, plan, monkeypatch):
     (cache / "file").touch()
     monkeypatch.setenv("GUIDED_DIFFUSION_CACHE", str(cache / "file" / "below"))
     with pytest.raises(ValueError, match="cannot be written .Not a directory.: .*CACHE"):
