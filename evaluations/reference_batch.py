@@ -22,6 +22,7 @@ import numpy as np
 from guided_diffusion import checkpoints, dist_util
 from guided_diffusion.checkpoint_sets import reserved
 from guided_diffusion.data_sources import Source, open_source
+from guided_diffusion.npz_rows import stream_npz
 from guided_diffusion.progress import Progress
 
 from .features import Extractor, load_extractor
@@ -33,8 +34,8 @@ SECTION = 5000  # images in one, at least
 MAX_SECTIONS = 32  # each takes up to 66 MB
 SAVE_EVERY = 30.0  # seconds
 ENDING = ".parts"  # of the folder beside the npz
-PLAN, IMAGES, BATCH = "plan.json", "arr_0.npy", "batch.npz"  # files in it
-OWN = re.compile(r"(plan\.json|section\d+\.npz|arr_0\.npy|batch\.npz)(\.tmp\d+)?")
+PLAN, BATCH = "plan.json", "batch.npz"  # files in it, beside the sections
+OWN = re.compile(r"(plan\.json|section\d+\.npz|batch\.npz)(\.tmp\d+)?")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -271,7 +272,7 @@ def _write(
 ) -> None:
     """Put the statistics of all sections and some evenly spread images into the npz."""
     num = min(args.num_images, len(images))
-    arrays: dict[str, np.ndarray] = {"arr_0": _pick(images, num, folder)}
+    arrays: dict[str, np.ndarray] = {}
     for kind in extractor.distances:
         paths = (_path(folder, number) for number in range(num_sections))
         moments = merged(_load(path, kinds=[kind])[1][kind] for path in paths)
@@ -279,22 +280,20 @@ def _write(
         arrays[f"sigma{SUFFIXES[kind]}"] = moments.covariance()
     if extractor.name != "inception":
         arrays[FEATURES] = np.array([extractor.name])
+    parts = {"arr_0": ((num, *images.size, 3), np.dtype(np.uint8), _picked(images, num))}
+    parts |= {name: (array.shape, array.dtype, [array]) for name, array in arrays.items()}
     path = os.path.join(folder, BATCH)
-    checkpoints.write_file(path, lambda file: np.savez(file, **arrays))
+    checkpoints.write_file(path, lambda file: stream_npz(file, parts))
     os.replace(path, args.out)
     _remove(folder)
-    shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+    shapes = ", ".join(f"{name} {list(shape)}" for name, (shape, *_) in parts.items())
     print(f"saved {os.path.abspath(args.out)}: {shapes}; statistics of {len(images)} images")
 
 
-def _pick(images: CroppedImages, num: int, folder: str) -> np.ndarray:
-    """Return `num` evenly spread images [num, H, W, 3], in a file and not in memory."""
-    path = os.path.join(folder, IMAGES)
-    shape = (num, *images.size, 3)
-    picked = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+def _picked(images: CroppedImages, num: int) -> Iterator[np.ndarray]:
+    """Yield `num` evenly spread images, uint8 [n, H, W, 3], some at a time."""
     numbers = [len(images) * i // num for i in range(num)]
     with Progress(num, "writing", ranks=1) as bar:
         for part in parts_of(num):
-            picked[part.start : part.stop] = images.read(numbers[part.start : part.stop])
+            yield images.read(numbers[part.start : part.stop])
             bar.move(len(part))
-    return picked

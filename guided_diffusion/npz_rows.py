@@ -1,4 +1,4 @@
-"""Rows of an array in an npz file, without the rest of it in memory.
+"""Rows of an array in an npz file, read or written without the rest of it in memory.
 
 An npz is a zip with one .npy file for each array. Where that file is stored as it is, as `np.savez`
 does it, the array is mapped into memory and the system fetches the pages that are looked at. One
@@ -11,6 +11,7 @@ import io
 import os
 import struct
 import zipfile
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -197,3 +198,22 @@ class StreamedRows:
             self._stream = None
             _refuse(self._header.shown, error)
         return found
+
+
+def stream_npz(
+    file: BinaryIO, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]]
+) -> None:
+    """Write arrays as `np.savez` would, with a block of each in memory at a time.
+
+    Args:
+        file: open for writing.
+        arrays: of each by its name the shape, the dtype and the rows, in blocks.
+    """
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, (shape, dtype, blocks) in arrays.items():
+            descr = npy.dtype_to_descr(dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": shape}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                npy.write_array_header_1_0(entry, header)
+                for block in blocks:
+                    entry.write(np.ascontiguousarray(block, dtype).data)

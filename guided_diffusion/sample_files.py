@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import checkpoint_sets, checkpoints, config, dist_util, logger
-from .npz_rows import open_rows
+from .npz_rows import open_rows, stream_npz
 from .pictures import save_film, save_grid, to_picture
 
 FORMAT = 1  # of the manifest
@@ -272,11 +271,11 @@ class SampleFiles:
         count = self.shape[0]
         bar = tqdm(desc="writing", total=count, unit="img", delay=PATIENCE)
         images = _counted(self._in_order(), bar)
-        arrays = [(self.shape, np.dtype(np.uint8), images)]
+        arrays = {"arr_0": (self.shape, np.dtype(np.uint8), images)}
         if labels_of is not None:
             blocks = (labels_of(indices) for indices in _blocks(count))
-            arrays.append((self.shape[:1], np.dtype(np.int64), blocks))
-        checkpoints.write_file(self.npz, lambda file: stream_npz(file, *arrays))
+            arrays["arr_1"] = (self.shape[:1], np.dtype(np.int64), blocks)
+        checkpoints.write_file(self.npz, lambda file: stream_npz(file, arrays))
         logger.log(f"saved {os.path.abspath(self.npz)}")
 
     def _write_grid(self, labels_of: Any, names: list[str] | None) -> None:
@@ -335,23 +334,3 @@ def _counted(parts: Iterable[Any], bar: tqdm) -> Iterator[Any]:
 
 def _blocks(count: int) -> list[range]:
     return [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
-
-
-def stream_npz(file: Any, *arrays: tuple[tuple[int, ...], np.dtype, Iterable[np.ndarray]]) -> None:
-    """Write arr_0, arr_1, ... as `np.savez` would, with a block of each in memory at a time.
-
-    Args:
-        file: open for writing in binary.
-        arrays: of each its shape, its dtype and its rows, in blocks.
-    """
-    with zipfile.ZipFile(file, "w") as archive:
-        for number, (shape, dtype, blocks) in enumerate(arrays):
-            header = {
-                "descr": np.lib.format.dtype_to_descr(dtype),
-                "fortran_order": False,
-                "shape": shape,
-            }
-            with archive.open(f"arr_{number}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array_header_1_0(entry, header)
-                for block in blocks:
-                    entry.write(np.ascontiguousarray(block, dtype).data)

@@ -14,7 +14,14 @@ from scripting import environment, files_below, launch_command
 from test_evaluator import TINY, run_here, run_there, scores_of, tiny
 from test_features import counting, draw, make_tiny, save_folder
 
-from evaluations import evaluator, make_reference_batch, measuring, metrics, reference_batch
+from evaluations import (
+    evaluator,
+    image_sets,
+    make_reference_batch,
+    measuring,
+    metrics,
+    reference_batch,
+)
 from guided_diffusion import checkpoint_sets
 from guided_diffusion.image_datasets import center_crop_arr, load_data
 
@@ -324,7 +331,7 @@ def test_a_broken_image_is_named_and_what_was_seen_before_is_kept(folder, tmp_pa
 
 
 @pytest.mark.parametrize("complete", [False, True])
-@pytest.mark.parametrize("file", ["diary.txt", "arr_0.npy"])
+@pytest.mark.parametrize("file", ["diary.txt", "batch.npz"])
 def test_a_folder_of_something_else_is_left_alone(folder, tmp_path, complete, file):
     """Without a plan it is none of ours, whatever is in it, and whether the npz is there or not."""
     out, parts = tmp_path / "mine.npz", tmp_path / "mine.npz.parts"
@@ -391,6 +398,23 @@ def test_what_cannot_be_written_is_told_by_the_flag(folder, tmp_path, is_file):
     assert done.code == 1 and f"--out {tmp_path}/batch.npz or " in done.err
     assert "cannot be written (" in done.err and "make room there" in done.err
     assert "--log_dir" not in done.err and "Traceback" not in done.err
+
+
+def test_images_take_their_room_on_the_disk_as_they_come(folder, tmp_path, monkeypatch):
+    """A file that has its length before its bytes would end in a bus error on a full disk."""
+    monkeypatch.setattr(measuring, "PART", 4)
+    real, lengths = image_sets.CroppedImages.read, []
+
+    def read(self, numbers):
+        if isinstance(numbers, list):  # images of the batch, and not a part to be seen
+            files = (tmp_path / "batch.npz.parts").iterdir()
+            lengths.append(sum(f.stat().st_size for f in files if "section" not in f.name))
+        return real(self, numbers)
+
+    monkeypatch.setattr(image_sets.CroppedImages, "read", read)
+    assert make(folder, tmp_path / "batch.npz", image_size=64, num_images=29).code == 0
+    assert len(lengths) == 8
+    assert all(found < 4 * i * 64 * 64 * 3 + 2000 for i, found in enumerate(lengths))
 
 
 def test_the_other_end_of_the_command_line(tmp_path):

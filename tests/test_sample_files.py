@@ -1,13 +1,12 @@
 """Sets of samples on the disk: shards, the manifest, and what becomes of them."""
 
-import io
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from guided_diffusion.sample_files import SampleFiles, stream_npz
+from guided_diffusion.sample_files import SampleFiles
 
 SHAPE = (10, 4, 4, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
@@ -35,19 +34,6 @@ def draw(folder, flags=FLAGS, seed=5, **show):
         write(files, (0, 5), (5, 10))
         finish(files, **show)
     return files
-
-
-def test_an_npz_in_blocks_is_that_of_numpy():
-    """Byte by byte what np.savez writes, so that a rerun can be compared by its hash."""
-    whole, blocks = io.BytesIO(), io.BytesIO()
-    labels = np.arange(10)
-    np.savez(whole, IMAGES, labels)
-    stream_npz(
-        blocks,
-        (SHAPE, np.dtype(np.uint8), iter([IMAGES[:3], IMAGES[3:9], IMAGES[9:]])),
-        ((10,), np.dtype(np.int64), iter([labels])),
-    )
-    assert blocks.getvalue() == whole.getvalue()
 
 
 def test_shards_become_one_npz_in_the_order_of_index(tmp_path):
