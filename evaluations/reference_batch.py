@@ -30,7 +30,7 @@ from .image_sets import FEATURES, MIN_IMAGES, SUFFIXES, CroppedImages, read_ahea
 from .measuring import add_moments, parts_of
 from .moments import Moments, merged
 
-SECTION = 5000  # images in one, at least
+SECTION = 625  # images in one, at least: 10,000 make 16, enough for the GPUs of a host or two
 MAX_SECTIONS = 32  # each takes up to 66 MB
 SAVE_EVERY = 30.0  # seconds
 ENDING = ".parts"  # of the folder beside the npz
@@ -62,7 +62,8 @@ def make(args: argparse.Namespace) -> None:
     sections = divide(len(images))
     with _own(folder, args.out):
         if dist_util.is_main():
-            plan = _plan(args, source, extractor) | {"batch_size": batch_size}
+            plan = _plan(args, source, extractor)
+            plan |= {"batch_size": batch_size, "sections": len(sections)}
             _begin(folder, plan, args.out)
         dist_util.barrier()
         see(images, extractor, batch_size, folder, sections)

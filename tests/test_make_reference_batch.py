@@ -148,6 +148,18 @@ def test_sections_cover_all_images_in_order(num_images):
     assert parts[-1].stop == num_images and len(sections) <= 32
 
 
+@pytest.mark.parametrize("num_ranks", range(1, 17))
+def test_no_rank_waits_long_for_another(num_ranks):
+    """Of 10,000 images each of up to 16 ranks has some, and of up to 8 none much over its share."""
+    sections = reference_batch.divide(10_000)
+    loads = [
+        sum(len(part) for section in sections[rank::num_ranks] for part in section)
+        for rank in range(num_ranks)
+    ]
+    assert min(loads) > 0
+    assert num_ranks > 8 or max(loads) < 1.4 * 10_000 / num_ranks
+
+
 def test_killed_and_started_again_the_bytes_are_the_same(folder, tmp_path):
     """SIGKILL while a section is half seen, in a process of its own: nothing is left over."""
     command = ("make_reference_batch", *arguments(folder, "batch.npz", device="cpu"))
@@ -277,6 +289,16 @@ def test_a_folder_of_another_run_is_refused(folder, tmp_path, monkeypatch, chang
     assert done.code == 1 and words in done.err and "repeat its flags" in done.err
     assert files_below(tmp_path) == before
     assert make(folder, tmp_path / "batch.npz").code == 0
+
+
+def test_sections_of_another_size_are_not_mixed(folder, tmp_path, monkeypatch, small_sections):
+    """A run that another edition of the program began is refused, not joined to this one's."""
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_batch, "_write", mock.Mock(side_effect=KeyboardInterrupt))
+        assert make(folder, tmp_path / "batch.npz").code == 130
+    monkeypatch.setattr(reference_batch, "SECTION", 16)
+    done = make(folder, tmp_path / "batch.npz")
+    assert done.code == 1 and "other sections (3 there, 1 here)" in done.err
 
 
 @pytest.mark.parametrize(
