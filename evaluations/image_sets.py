@@ -23,6 +23,7 @@ from .checks import count_broken
 SUFFIXES = {"pooled": "", "spatial": "_s"}  # of mu and sigma in a file, by kind of features
 FEATURES = "features"  # the array that names the network, where it is not Inception
 MIN_IMAGES = 4  # k + 1 for the neighbours of precision and recall
+MAX_IMAGES, MAX_SIDE = 10**7, 2**13  # beyond which a header is a mistake or a trap
 READERS = 8  # threads that decode, at most
 
 
@@ -51,12 +52,21 @@ class ImageSet:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, numbers: range) -> np.ndarray:
+    def read(self, numbers: Sequence[int]) -> np.ndarray:
         """Return images, uint8 [n, H, W, 3]; grey is repeated.
 
         Raises:
-            ValueError: one cannot be read, or has another size.
+            ValueError: one cannot be read, or has another size, or there is no room for them.
         """
+        try:
+            return self._read(numbers)
+        except MemoryError as error:
+            raise self.error(
+                f"holds images of {'x'.join(map(str, self.size))}, of which {len(numbers)} do not "
+                "fit into memory: scale them down"
+            ) from error
+
+    def _read(self, numbers: Sequence[int]) -> np.ndarray:
         raise NotImplementedError
 
     def has_statistics(self) -> bool:
@@ -109,6 +119,11 @@ class NpzImages(ImageSet):
                 f"has arr_0 of {self._rows.dtype} {list(shape)}: save images as uint8 "
                 "[N, H, W, 3], or [N, H, W] for grey, rounded from 0 to 255"
             )
+        if shape[0] > MAX_IMAGES or max(shape[1:3]) > MAX_SIDE:
+            raise self.error(
+                f"has arr_0 of shape {list(shape)}: at most {MAX_IMAGES:,} images of at most "
+                f"{MAX_SIDE}x{MAX_SIDE} can be scored, so divide them or scale them down"
+            )
         self.size = shape[1:3]
         name = open_rows(path, FEATURES, flag=flag, optional=True)
         if name is not None and name.dtype.kind == "U" and name.shape == (1,):
@@ -117,8 +132,7 @@ class NpzImages(ImageSet):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def read(self, numbers: range) -> np.ndarray:
-        """Return images, uint8 [n, H, W, 3]."""
+    def _read(self, numbers: range) -> np.ndarray:
         images = np.array(self._rows[numbers.start : numbers.stop : numbers.step])
         images = images.reshape(len(images), *self.size, -1)
         return images if images.shape[3] == 3 else images.repeat(3, axis=3)
@@ -181,11 +195,10 @@ class FileImages(ImageSet):
     def __len__(self) -> int:
         return len(self._source)
 
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        """Return images, uint8 [n, H, W, 3]."""
-        return np.stack(list(self._threads.map(self._read, numbers)))
+    def _read(self, numbers: Sequence[int]) -> np.ndarray:
+        return np.stack(list(self._threads.map(self._read_one, numbers)))
 
-    def _read(self, number: int) -> np.ndarray:
+    def _read_one(self, number: int) -> np.ndarray:
         image: Image.Image = self._source.read(number)
         if image.size != self.size[::-1]:
             first, other = (self._source.names[i] for i in (0, number))
@@ -204,7 +217,7 @@ class CroppedImages(FileImages):
         super().__init__(source)
         self.size = (image_size, image_size)
 
-    def _read(self, number: int) -> np.ndarray:
+    def _read_one(self, number: int) -> np.ndarray:
         return center_crop_arr(self._source.read(number).convert("RGB"), self.size[0])
 
 

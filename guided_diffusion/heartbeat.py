@@ -360,9 +360,8 @@ def explain(error: BaseException) -> str | None:
         return _pulse[0].name_cause(symptom) if _pulse else _place(symptom)
     if isinstance(error, ValueError | OSError):
         return " ".join(str(error).split()) or type(error).__name__
-    if type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    ):
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
         return f"out of memory ({first_line(error)}): {LESS_MEMORY}"
     return None
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 import zipfile
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -105,6 +107,8 @@ class _Header:
         self.size = self.dtype.itemsize
         for side in self.shape:
             self.size *= side
+        if self.size > sys.maxsize:
+            raise self.error(f"of shape {self.shape}, more than a machine can hold")
 
     def error(self, problem: str) -> ValueError:
         """Return an error that names the file and the array."""
@@ -126,8 +130,9 @@ class _Header:
 class StreamedRows:
     """An array that is read from the front, as much of it as is asked for.
 
-    Rows in rising order cost one pass over the file, a step back begins another. An open file
-    stays behind, so give it to no forked process.
+    Rows in rising order cost one pass over the file, a step back begins another. In Fortran's
+    order each row is spread over the whole file, which is therefore read once, and kept. An open
+    file stays behind, so give it to no forked process.
 
     Attributes:
         shape: of the whole array.
@@ -150,22 +155,30 @@ class StreamedRows:
 
     def __getitem__(self, key: Any) -> np.ndarray:
         """Return rows, by numpy's rules for one axis: a number, a slice, a list or a mask."""
-        wanted = np.arange(len(self))[key]
+        if self._header.order == "F":
+            return self._whole[key]
+        # The numbers of all rows need not fit into memory.
+        numbers = range(len(self)) if isinstance(key, int | slice) else np.arange(len(self))
+        wanted = np.array(numbers[key])
         rising, places = np.unique(wanted, return_inverse=True)
-        if self._header.order == "F":  # a row's values lie apart: there is no way around the whole
-            return self._read_whole()[wanted]
         rows = np.empty((len(rising), *self.shape[1:]), self.dtype)
         for i, row in enumerate(rising.tolist()):
             rows[i] = self._read_row(row)
-        return rows[places.reshape(wanted.shape)]
+        is_in_order = np.array_equal(rising, wanted)
+        return rows if is_in_order else rows[places.reshape(wanted.shape)]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
 
-    def _read_whole(self) -> np.ndarray:
+    @cached_property
+    def _whole(self) -> np.ndarray:
+        size = self._header.size
+        flat = np.empty(size, np.uint8)  # fails at once if there is no room for it
         self._rewind()
-        flat = np.frombuffer(self._read(self._header.size), self.dtype)
-        return flat.reshape(self.shape, order="F")
+        for start in range(0, size, CHUNK):
+            part = self._read(min(CHUNK, size - start))
+            flat[start : start + len(part)] = np.frombuffer(part, np.uint8)
+        return flat.view(self.dtype).reshape(self.shape, order="F")
 
     def _read_row(self, row: int) -> np.ndarray:
         """Return row `row`, having skipped those before it."""
@@ -194,6 +207,8 @@ class StreamedRows:
             found = self._stream.read(size)
             if len(found) < size:
                 raise EOFError("it is cut short")
+        except MemoryError:
+            raise
         except Exception as error:  # zipfile, zlib and blobfile raise a dozen kinds
             self._stream = None
             _refuse(self._header.shown, error)

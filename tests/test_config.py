@@ -301,7 +301,11 @@ def test_run_shows_the_traceback_on_request(monkeypatch):
 
 @pytest.mark.parametrize(
     "error",
-    [torch.OutOfMemoryError("64 GiB\nmore"), RuntimeError("can't allocate memory: 9 bytes")],
+    [
+        torch.OutOfMemoryError("64 GiB\nmore"),
+        RuntimeError("can't allocate memory: 9 bytes"),
+        MemoryError("Unable to allocate 9 GiB"),
+    ],
 )
 def test_run_says_what_to_do_without_memory(error, capsys):
     """Too large a batch ends in one line that names the flags to change."""

@@ -1,11 +1,14 @@
 """Sets of images: npz files, folders and zips alike, a part at a time; what is no set of images."""
 
+import io
+import math
 import re
 import shutil
 import time
 import tracemalloc
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -83,6 +86,56 @@ def test_an_npz_of_other_things_is_refused_in_one_line(tmp_path, arrays, words):
         for kind in ("pooled", "spatial"):
             images.statistics(kind, 3)
     assert "\n" not in str(error.value)
+
+
+def write_claim(path, shape, fortran_order=False):
+    """Write an npz that claims images of a shape, of which hardly a byte is there."""
+    header = io.BytesIO()
+    content = {"shape": shape, "fortran_order": fortran_order, "descr": "|u1"}
+    np.lib.format.write_array_header_1_0(header, content)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+        # What the directory at the end of the file will say.
+        archive.infolist()[0].file_size = len(header.getvalue()) + math.prod(shape)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("shape", "fortran_order", "words"),
+    [
+        ((4, 16_000, 16_000, 3), False, "at most 8192x8192 can be scored, so divide them or"),
+        ((4, 10**8, 10**8, 3), False, "at most 8192x8192 can be scored"),
+        ((10**9, 1, 1, 3), False, "at most 10,000,000 images"),
+        ((2**61, 2, 2, 1), True, "more than a machine can hold"),
+        ((1000, 1000, 1000, 3), False, "no npz that can be read .*make or download it again"),
+        ((1000, 1000, 1000, 3), True, "no npz that can be read .*make or download it again"),
+    ],
+)
+def test_shapes_that_are_a_mistake_or_a_trap_are_refused(tmp_path, shape, fortran_order, words):
+    """In one line, and without the memory that they claim to need."""
+    path = write_claim(tmp_path / "claim.npz", shape, fortran_order)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"--sample {path} .*{words}") as error:
+        open_images(str(path), "--sample").read(range(4))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "\n" not in str(error.value) and (fortran_order or most < 1e8)
+
+
+@pytest.mark.parametrize("kind", ["npz", "folder"])
+def test_images_for_which_there_is_no_room_are_told(tmp_path, monkeypatch, kind):
+    """One line with the flag, what was asked for, and the remedy."""
+    np.savez(tmp_path / "images.npz", arr_0=GOOD)
+    path = tmp_path / "images.npz" if kind == "npz" else save_folder(tmp_path / "images", GOOD)
+    images = open_images(str(path), "--sample")
+    reader = mock.MagicMock()
+    reader.__getitem__.side_effect = reader.read.side_effect = MemoryError("9 TiB")
+    monkeypatch.setattr(images, "_rows" if kind == "npz" else "_source", reader)
+    with pytest.raises(
+        ValueError, match=f"^--sample {path} holds images of 8x8, of which 3 do"
+    ) as error:
+        images.read(range(3))
+    assert "scale them down" in str(error.value)
 
 
 def test_files_that_are_no_images_are_refused_in_one_line(tmp_path):

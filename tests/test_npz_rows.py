@@ -54,6 +54,30 @@ def test_few_rows_cost_little_memory(how, tmp_path):
     assert found.shape == (2, 64, 1000) and most < 3e6
 
 
+@pytest.mark.parametrize("layout", ["C", "F"])
+def test_a_compressed_array_is_read_once(layout, array, tmp_path, monkeypatch):
+    """Whatever its layout, all rows in rising order cost one pass over the file."""
+    np.savez_compressed(tmp_path / "x.npz", np.asarray(array, order=layout))
+    opened, real = [], npz_rows.open_binary
+    monkeypatch.setattr(npz_rows, "open_binary", lambda path: opened.append(path) or real(path))
+    rows = open_rows(tmp_path / "x.npz")
+    opened.clear()
+    found = [rows[i : i + 2] for i in range(0, 7, 2)]
+    np.testing.assert_array_equal(np.concatenate(found), array)
+    assert len(opened) == 1
+
+
+def test_the_numbers_of_all_rows_need_not_fit_into_memory(tmp_path):
+    """An array may have more rows than there is room for their numbers."""
+    np.savez_compressed(tmp_path / "x.npz", np.zeros((10**7, 1), np.uint8))
+    rows = open_rows(tmp_path / "x.npz")
+    tracemalloc.start()
+    assert rows[10:13].shape == (3, 1) and rows[20].shape == (1,)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 3e6
+
+
 def test_an_array_cannot_be_written(array, tmp_path):
     """The file is only read."""
     np.savez(tmp_path / "x.npz", array)
@@ -103,7 +127,18 @@ def broken_files(folder, array):
     }.items():
         with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:
             archive.writestr("arr_0.npy", content)
-    words = {"objects": "not of numbers", "fields": "not of numbers", "single": "without rows"}
+    with zipfile.ZipFile(folder / "endless.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        header = io.BytesIO()
+        content = {"shape": (2**63, 1), "fortran_order": False, "descr": "|u1"}
+        np.lib.format.write_array_header_1_0(header, content)
+        archive.writestr("arr_0.npy", header.getvalue())
+        archive.infolist()[0].file_size = len(header.getvalue()) + 2**63  # as it will say
+    words = {
+        "endless": "more than",
+        "objects": "not of numbers",
+        "fields": "not of numbers",
+        "single": "without rows",
+    }
     words |= dict.fromkeys(["short", "long"], "bytes")
     words |= dict.fromkeys(["negative", "huge", "code", "magic", "version"], "arr_0")
     for path in sorted(folder.glob("*.np?")):
