@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .image_decoding import decode, guard, is_url, one_line, open_binary
-from .npz_rows import find_data
+from .npz_rows import StreamedRows, find_data, open_rows
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")  # of images in folders and zips, in any case
 REMEDY = (
@@ -174,45 +174,43 @@ class ZipSource(Source):
 
 
 class NpzSource(Source):
-    """The array arr_0 of an npz file, uint8 [N, H, W] or [N, H, W, 1 or 3], labels in arr_1."""
+    """The array arr_0 of an npz file, uint8 [N, H, W] or [N, H, W, 1 or 3], labels in arr_1.
+
+    Images are read where they lie if the file is local and not compressed: then worker processes
+    share what the system keeps of it. Others can only be read in their order, and training asks
+    for them in any: these are held in memory.
+    """
 
     kind = "npz"
 
     def __init__(self, data_dir: str, flag: str = "--data_dir"):
         super().__init__(data_dir, flag)
-        arrays = self._load()
-        if "arr_0" not in arrays:
-            raise self.error("has no array arr_0: save uint8 images [N, H, W, 3] under that name")
-        self.images = self._check_images(arrays["arr_0"])
-        self.labels = self._check_labels(arrays.get("arr_1"))
+        self.images = self._check_images(open_rows(data_dir, "arr_0", flag=flag))
+        self.labels = self._check_labels(open_rows(data_dir, "arr_1", flag=flag, optional=True))
         self.names = Names(f"{i:08d}" for i in range(len(self.images)))
 
-    def _load(self) -> dict[str, np.ndarray]:
-        try:
-            with open_binary(self.data_dir) as file:
-                data = np.load(file, allow_pickle=False)
-                if isinstance(data, np.ndarray):
-                    return {}
-                return {key: data[key] for key in ("arr_0", "arr_1") if key in data.files}
-        except MemoryError:
-            raise
-        except Exception as error:  # of numpy, zipfile, zlib, blobfile
-            raise self.error(
-                f"is no npz that can be read ({one_line(error)}): save it by np.savez"
-            ) from error
+    def __reduce__(self) -> tuple:
+        return type(self), (self.data_dir, self.flag)  # not the images: the file is opened anew
 
-    def _check_images(self, images: np.ndarray) -> np.ndarray:
+    def _check_images(self, images: np.ndarray | StreamedRows) -> np.ndarray:
         layout = images.ndim == 3 or (images.ndim == 4 and images.shape[3] in (1, 3))
         if images.dtype != np.uint8 or not layout:
             raise self.error(
                 f"has arr_0 of {images.dtype} {list(images.shape)}: "
                 "save images as uint8 [N, H, W] or [N, H, W, 1 or 3]"
             )
-        if not images.size:
+        if 0 in images.shape:
             raise self.error(f"has an empty arr_0, {list(images.shape)}: it holds no images")
+        try:
+            images = np.asarray(images)
+        except MemoryError as error:
+            raise self.error(
+                f"has arr_0 of {list(images.shape)}, which does not fit into memory: save it by "
+                "np.savez, uncompressed, on a disk of this machine"
+            ) from error
         return images[..., 0] if images.shape[3:] == (1,) else images
 
-    def _check_labels(self, labels: np.ndarray | None) -> np.ndarray | None:
+    def _check_labels(self, labels: np.ndarray | StreamedRows | None) -> np.ndarray | None:
         if labels is None:
             return None
         if labels.shape != self.images.shape[:1] or labels.dtype.kind not in "iu":
@@ -220,7 +218,7 @@ class NpzSource(Source):
                 f"has arr_1 of {labels.dtype} {list(labels.shape)}: "
                 f"save labels as int64 [{len(self.images)}]"
             )
-        return labels.astype(np.int64)
+        return np.asarray(labels).astype(np.int64)
 
     def read(self, i: int) -> Image.Image:
         """Return image i."""
