@@ -99,6 +99,7 @@ class DataConfig:
         -1, "processes that decode images (-1: by the cores, 0: none)", check=count(1000, least=-1)
     )
     skip_bad_images: bool = flag(False, "skip and count images that cannot be read")
+    fast_decode: bool = flag(False, "decode large JPEGs at a fraction of their size: other pixels")
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,12 @@ class Source:
         """Open the encoded image of entry i."""
         raise NotImplementedError
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int, least: int | None = None) -> Image.Image:
         """Return entry i, decoded to at most 8 bits a channel, in whatever mode it has.
+
+        Args:
+            i: the number of the entry.
+            least: how many pixels suffice for the shorter side, as for `image_decoding.decode`.
 
         Raises:
             BadImage: it is no whole image.
@@ -95,7 +99,7 @@ class Source:
 
         def decode_entry():
             with self.open(i) as file:
-                return decode(file)
+                return decode(file, least)
 
         return guard(decode_entry, self.flag, self.path(i))
 
@@ -220,7 +224,7 @@ class NpzSource(Source):
             )
         return np.asarray(labels).astype(np.int64)
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int, least: int | None = None) -> Image.Image:
         """Return image i."""
         return Image.fromarray(self.images[i])
 

@@ -15,6 +15,12 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+MIN_CROP_FRAC = 0.8  # of the shorter side: the least that a random crop covers
+
+# In the info of a JPEG decoded at a fraction of its size: its exact width and height there, as the
+# last pixels may be padding in part. No text within a file can be such a key.
+EXTENT = ("decoded", "extent")
+
 # Of these a file may be guilty; of others, such as too many open files, it is not.
 FAULTS_OF_A_FILE = {None, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP}
 
@@ -53,11 +59,11 @@ def read_image(
     """
     if hasattr(path_or_file, "read"):
         path = str(getattr(path_or_file, "name", "<file>"))
-        return guard(lambda: decode(path_or_file).convert(mode), flag, path)
+        return guard(lambda: to_mode(decode(path_or_file), mode), flag, path)
 
     def read():
         with open_binary(path_or_file) as file:
-            return decode(file).convert(mode)
+            return to_mode(decode(file), mode)
 
     return guard(read, flag, os.fspath(path_or_file))
 
@@ -81,12 +87,27 @@ def _is_failure_of_storage(error: Exception) -> bool:
     return type(error).__module__.split(".")[0] in ("blobfile", "urllib3")
 
 
-def decode(file: BinaryIO) -> Image.Image:
-    """Decode an image, the first frame of an animation, to at most 8 bits a channel."""
+def decode(file: BinaryIO, least: int | None = None) -> Image.Image:
+    """Decode an image, the first frame of an animation, to at most 8 bits a channel.
+
+    Args:
+        file: an open file.
+        least: how many pixels suffice for the shorter side. A JPEG with at least twice as many is
+            decoded at a half, a quarter or an eighth of its size. None: decode all pixels.
+    """
     image = Image.open(file)
+    # None leaves the mode; a format that cannot be reduced ignores the call.
+    reduced = image.draft(None, (least, least)) if least is not None else None
     image.load()
+    if reduced:
+        image.info[EXTENT] = reduced[1][2:]
     image.info.pop("transparency", None)  # it is dropped anyway, and Pillow would warn
     return _to_8_bits(image)
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to a Pillow mode; in that mode it is returned as it is, not copied."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -124,6 +145,11 @@ def one_line(error: BaseException) -> str:
 # Crops
 
 
+def side_needed(image_size: int, random_crop: bool) -> int:
+    """Return how long the shorter side of an image must be for no crop to enlarge it."""
+    return math.ceil(image_size / MIN_CROP_FRAC) if random_crop else image_size
+
+
 def to_array(
     pil_image: Image.Image,
     image_size: int,
@@ -132,14 +158,25 @@ def to_array(
     rng: random.Random = random,
 ) -> np.ndarray:
     """Crop, perhaps mirror, and scale an image: float32 [C, image_size, image_size] in [-1, 1]."""
+    arr = to_pixels(pil_image, image_size, random_crop, random_flip, rng)
+    return arr.astype(np.float32) / 127.5 - 1
+
+
+def to_pixels(
+    pil_image: Image.Image,
+    image_size: int,
+    random_crop: bool = False,
+    random_flip: bool = False,
+    rng: random.Random = random,
+) -> np.ndarray:
+    """Crop and perhaps mirror an image: uint8 [C, image_size, image_size], a view of [H, W, C]."""
     if random_crop:
         arr = random_crop_arr(pil_image, image_size, rng=rng)
     else:
         arr = center_crop_arr(pil_image, image_size)  # [H, W, 3], or [H, W] if grey
     if random_flip and rng.random() < 0.5:
         arr = arr[:, ::-1]
-    arr = arr[None] if arr.ndim == 2 else arr.transpose(2, 0, 1)
-    return arr.astype(np.float32) / 127.5 - 1
+    return arr[None] if arr.ndim == 2 else arr.transpose(2, 0, 1)
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
@@ -156,7 +193,7 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
 def random_crop_arr(
     pil_image: Image.Image,
     image_size: int,
-    min_crop_frac: float = 0.8,
+    min_crop_frac: float = MIN_CROP_FRAC,
     max_crop_frac: float = 1.0,
     rng: random.Random = random,
 ) -> np.ndarray:
@@ -175,8 +212,11 @@ def random_crop_arr(
 
 def _resize_shorter_side(pil_image: Image.Image, size: int) -> Image.Image:
     """Resize so that the shorter side becomes `size`."""
+    extent = pil_image.info.get(EXTENT, pil_image.size)
+    box, sides = (0, 0, *extent), tuple(map(int, extent))
     # Bicubic alone is poor at strong reductions, so average 2 x 2 pixels first, while possible.
-    while min(pil_image.size) >= 2 * size:
-        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.BOX)
-    scale = size / min(pil_image.size)
-    return pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.BICUBIC)
+    while min(sides) >= 2 * size:
+        sides = tuple(side // 2 for side in sides)
+        pil_image, box = pil_image.resize(sides, Image.BOX, box), None
+    scale = size / min(sides)
+    return pil_image.resize(tuple(round(side * scale) for side in sides), Image.BICUBIC, box)

@@ -91,6 +91,7 @@ def training_data(args: argparse.Namespace, image_size: int, **more: Any) -> Ima
         labels=args.labels,
         num_workers=None if args.num_workers == -1 else args.num_workers,
         skip_bad_images=args.skip_bad_images,
+        fast_decode=args.fast_decode,
         label_dropout=getattr(args, "label_dropout", 0.0),
         seed=args.seed,
         report=logger.log,
