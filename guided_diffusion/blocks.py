@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .nn import SiLU, avg_pool_nd, checkpoint, conv_nd, linear, normalization, zero_module
+from .nn import (
+    GroupNorm32,
+    SiLU,
+    avg_pool_nd,
+    checkpoint,
+    conv_nd,
+    linear,
+    normalization,
+    zero_module,
+)
 
 # What `set_attention_backend` offers: a context for each call of the attention kernel. Fused
 # kernels have no second derivative; the mathematical one is made of differentiable operations.
@@ -269,17 +278,27 @@ class ResBlock(TimestepBlock):
         h = self.h_upd(activation(norm(x)))
         x = self.x_upd(x)
         h = conv(h)  # [N, out_channels, ...]
-        film = self.emb_layers(emb).to(h.dtype)  # [N, out_channels or twice as many]
-        film = film.reshape(*film.shape, *[1] * (h.dim() - 2))
+        film = self.emb_layers(emb)  # [N, out_channels or twice as many]
+        norm, *rest = self.out_layers
         if self.use_scale_shift_norm:
-            norm, *rest = self.out_layers
-            scale, shift = film.chunk(2, dim=1)
-            h = norm(h) * (1 + scale) + shift
-            for layer in rest:
-                h = layer(h)
+            h = _modulated(norm, h, *film.chunk(2, dim=1))
         else:
-            h = self.out_layers(h + film)
+            h = norm(h + _as_images(film, h))
+        for layer in rest:
+            h = layer(h)
         return self.skip_connection(x) + h
+
+
+def _modulated(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalize x [N, C, ...], then scale and shift it by [N, C] (FiLM)."""
+    if isinstance(norm, GroupNorm32):
+        return norm(x, scale, shift)
+    return norm(x) * (1 + _as_images(scale, x)) + _as_images(shift, x)
+
+
+def _as_images(table: Tensor, x: Tensor) -> Tensor:
+    """Return a table [N, C] as images [N, C, 1, ...] in the dtype of x [N, C, ...]."""
+    return table.to(x.dtype).reshape(*table.shape, *[1] * (x.dim() - 2))
 
 
 def count_heads(channels: int, num_heads: int, num_head_channels: int) -> int:

@@ -28,17 +28,39 @@ class GroupNorm32(nn.GroupNorm):
     narrowed again afterwards; float64 stays float64.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize x [N, C, ...]; the result has the dtype of x."""
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        """Normalize x [N, C, ...]; the result has the dtype of x.
+
+        Args:
+            x: activations.
+            scale: [N, C], with `shift` [N, C] the modulation of FiLM (Perez et al., 2018): the
+                result is the normalized x times 1 + scale, plus shift, at no further cost.
+            shift: given with `scale`.
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight, self.bias
         if weight is not None:
             weight, bias = weight.to(dtype), bias.to(dtype)
+        if scale is None:
+            return self._normalize(x, self.num_groups, weight, bias)
+        # Weights of its own for each image: side by side, all are one image with N times the
+        # channels and groups.
+        factor = 1 + scale.to(dtype)
+        weight, bias = (weight * factor).flatten(), (bias * factor + shift.to(dtype)).flatten()
+        row = x.reshape(1, len(weight), *x.shape[2:])  # [1, N * C, ...]
+        return self._normalize(row, len(x) * self.num_groups, weight, bias).view(x.shape)
+
+    def _normalize(
+        self, x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
         if x.device.type == "cpu":
             # The CPU kernel widens by itself where the weights are wide, and it is several times
             # faster on images whose channels do not come last.
-            return F.group_norm(x.contiguous(), self.num_groups, weight, bias, self.eps)
-        return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+            return F.group_norm(x.contiguous(), num_groups, weight, bias, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.group_norm(wide, num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 def _by_dims(table: dict[int, type[nn.Module]], dims: int) -> type[nn.Module]:

@@ -35,6 +35,26 @@ def test_group_norm_does_not_depend_on_the_memory_layout(shape):
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 5), (2, 96, 4, 6), (1, 32, 2, 3, 4)])
+def test_modulation_is_a_scale_and_a_shift_after_the_norm(shape):
+    """Values and gradients are those of the plain formula; each image has its own modulation."""
+    torch.manual_seed(0)
+    norm = gd_nn.normalization(shape[1])
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = (3 + torch.randn(shape)).requires_grad_()
+    scale, shift = torch.randn(2, *shape[:2]).requires_grad_()
+    as_images = (*shape[:2], *[1] * (len(shape) - 2))
+    plain = norm(x) * (1 + scale.view(as_images)) + shift.view(as_images)
+    fused = norm(x, scale, shift)
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
+    probe = torch.randn(shape)
+    wanted = x, scale, shift, norm.weight, norm.bias
+    ours, theirs = (torch.autograd.grad((out * probe).sum(), wanted) for out in (fused, plain))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_conv_and_pool_serve_every_number_of_dimensions(dims):
     """A convolution with padding keeps the shape, and pooling halves it."""

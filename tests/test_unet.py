@@ -422,6 +422,17 @@ def test_resampling_halves_and_doubles(dims, factors, use_conv):
         torch.testing.assert_close(down(up(x)), x)
 
 
+def test_a_block_takes_another_norm_as_its_own():
+    """Whoever puts a plain norm into a block gets the same function by the plain formula."""
+    torch.manual_seed(0)
+    block = unet.ResBlock(32, 16, 0.0, use_scale_shift_norm=True)
+    nn.init.normal_(block.out_layers[-1].weight, std=0.1)
+    x, emb = torch.randn(2, 32, 4, 4), torch.randn(2, 16)
+    expected = block(x, emb)
+    block.out_layers[0] = nn.GroupNorm(32, 32)
+    torch.testing.assert_close(block(x, emb), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_sequential_hands_the_embedding_to_those_that_take_it():
     """Plain layers get one argument, timestep blocks two."""
 
