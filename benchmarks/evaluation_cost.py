@@ -7,6 +7,7 @@ Random feature vectors stand for images: 10,000 real ones against 10,000 and 50,
 2,048 features each. "here" is evaluations/: moments of a stream of parts, the Frechet distance by
 singular values, neighbours by blocks. "plain" is the straightforward way: all vectors in memory,
 numpy's covariance, a matrix square root, and whole matrices of distances, by rows that just fit.
+"from statistics" is the Frechet distance of covariances that are there, as those of a reference.
 Every figure is of a process of its own; memory is what it had at its peak, less what it had after
 its imports.
 """
@@ -70,6 +71,29 @@ def frechet_plain(num: int) -> float:
     return float(np.square(mu1 - mu2).sum() + np.trace(sigma1 + sigma2 - 2 * root))
 
 
+def covariances(num: int) -> list[np.ndarray]:
+    """Return two covariances, each of `num` random vectors."""
+    draws = (np.random.default_rng(i).standard_normal((num, DIM)) + i for i in range(2))
+    return [draw.T @ draw / num for draw in draws]
+
+
+def distance_here(num: int) -> float:
+    """Return the Frechet distance of two covariances."""
+    from evaluations.metrics import frechet_distance
+
+    mean = np.zeros(DIM)
+    sigma1, sigma2 = covariances(num)
+    return frechet_distance(mean, sigma1, mean, sigma2)
+
+
+def distance_plain(num: int) -> float:
+    """Return the same by a matrix square root."""
+    from scipy.linalg import sqrtm
+
+    sigma1, sigma2 = covariances(num)
+    return float(np.trace(sigma1 + sigma2 - 2 * sqrtm(sigma1 @ sigma2).real))
+
+
 def neighbours_here(num: int) -> float:
     """Return precision plus recall."""
     from evaluations.metrics import precision_recall
@@ -103,6 +127,7 @@ def neighbours_plain(num: int) -> float:
 
 
 TASKS: dict[str, dict[str, Callable[[int], float]]] = {
+    "from statistics": {"here": distance_here, "plain": distance_plain},
     "Frechet distance": {"here": frechet_here, "plain": frechet_plain},
     "precision and recall": {"here": neighbours_here, "plain": neighbours_plain},
 }
@@ -130,7 +155,13 @@ def main() -> int:
         task, way, num = args.one
         measure(task, way, int(num))
         return 0
-    runs = [(t, w, n) for t in TASKS for n in map(int, args.counts.split(",")) for w in TASKS[t]]
+    counts = [int(count) for count in args.counts.split(",")]
+    runs = [
+        (task, way, num)
+        for task, ways in TASKS.items()
+        for num in (counts[:1] if task == "from statistics" else counts)
+        for way in ways
+    ]
     found = {}
     for task, way, num in tqdm(runs, desc="measuring"):
         words = [sys.executable, __file__, "--one", task, way, str(num)]
