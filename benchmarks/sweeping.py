@@ -23,8 +23,9 @@ import torch
 from garment_scores import Scorer, Scores
 from tqdm import tqdm
 
+from guided_diffusion.noise_levels import GRIDS
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-GRIDS = ("published", "logsnr", "karras", "time")
 POLL = 1.0  # seconds between two looks at the folders
 REAL_COUNTS = (1000, 5000)  # real training images that are scored as if they were samples
 

@@ -59,8 +59,9 @@ class GroupNorm32(nn.GroupNorm):
             # The CPU kernel widens by itself where the weights are wide, and it is several times
             # faster on images whose channels do not come last.
             return F.group_norm(x.contiguous(), num_groups, weight, bias, self.eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.group_norm(wide, num_groups, weight, bias, self.eps).to(x.dtype)
+        # No name for the wide copy: it shall be gone when the narrow result is made.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.group_norm(x.to(dtype), num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 def _by_dims(table: dict[int, type[nn.Module]], dims: int) -> type[nn.Module]:

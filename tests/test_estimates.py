@@ -274,12 +274,9 @@ def test_without_a_scale_there_is_no_classifier():
 
 @pytest.mark.parametrize("flag", ["use_fp16", "use_bf16"])
 def test_half_precision_saves_memory_of_sampling(flag):
-    """The activations shrink; weights do in float16 only, autocast keeps both.
-
-    They do not halve: they are at their most in a norm, which widens what it sees.
-    """
+    """The activations shrink; weights do in float16 only, autocast keeps both."""
     full, half = sampling(batch_size=16), sampling(batch_size=16, **{flag: True})
-    assert activations(half) < 0.9 * activations(full)
+    assert activations(half) < 0.85 * activations(full)
     assert half.flops == full.flops
     weights = "weights, diffusion model"
     assert (half.memory[weights] < full.memory[weights]) == (flag == "use_fp16")

@@ -131,6 +131,16 @@ def test_frechet_distance_of_a_singular_and_a_full_covariance(rng):
         assert frechet_distance(*pair) == pytest.approx(expected, rel=1e-12)
 
 
+def test_frechet_distance_does_not_count_rounding(rng):
+    """A singular covariance with rounding on its diagonal counts as singular, factored or not."""
+    half, mean = rng.normal(size=(200, 20)), np.zeros(200)
+    singular, full = half @ half.T, np.cov(rng.normal(size=(1000, 200)), rowvar=False)
+    noisy = singular + 3e-14 * singular.diagonal().max() * np.eye(200)
+    np.linalg.cholesky(noisy)  # which works
+    expected = frechet_distance(mean, singular, mean, full)
+    assert frechet_distance(mean, noisy, mean, full) == pytest.approx(expected, rel=1e-9)
+
+
 def test_frechet_distance_to_a_single_point(rng):
     """Without any variance it is the squared distance of the means, and the other's variance."""
     mu, sigma = gaussian(rng)
