@@ -22,6 +22,8 @@ from .neighbours import density_coverage, precision_recall
 
 ASYMMETRY = 1e-4  # of a covariance, relative to its largest entry, that rounding may have left
 NEGATIVE = 1e-3  # eigenvalue, relative to the largest one: what float16 leaves of 0
+NEGLIGIBLE = 1e-8  # error of a trace, relative to those of the covariances
+TINY = np.finfo(np.float64).tiny
 
 __all__ = [
     "density_coverage",
@@ -60,9 +62,24 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     given = {"mu1": mu1, "sigma1": sigma1, "mu2": mu2, "sigma2": sigma2}
     mu1, sigma1, mu2, sigma2 = _check_gaussians(given)
     product = _factor(sigma1, "sigma1").T @ _factor(sigma2, "sigma2")
-    roots = np.linalg.svd(product, compute_uv=False) if product.size else np.zeros(1)
-    traces = np.trace(sigma1) + np.trace(sigma2) - 2 * roots.sum()
+    traces = np.trace(sigma1) + np.trace(sigma2)
+    traces -= 2 * _nuclear_norm(product, NEGLIGIBLE * traces)
     return max(0.0, float(np.square(mu1 - mu2).sum() + traces))  # rounding may go below 0
+
+
+def _nuclear_norm(product: np.ndarray, tolerance: float) -> float:
+    """Return the sum of the singular values of a matrix, to a tolerance or better.
+
+    They are the roots of the eigenvalues of P^T P, which take a quarter of the time. But these have
+    an error relative to the largest one, and roots of small ones a larger one than that.
+    """
+    if not product.size:
+        return 0.0
+    squares = np.linalg.eigvalsh(product.T @ product).clip(min=0)
+    error = squares[-1] * len(squares) ** 0.5 * np.finfo(np.float64).eps
+    if np.minimum(error / np.sqrt(squares + TINY), np.sqrt(error)).sum() <= tolerance:
+        return float(np.sqrt(squares).sum())
+    return float(np.linalg.svd(product, compute_uv=False).sum())
 
 
 def _check_gaussians(given: dict[str, ArrayLike]) -> list[np.ndarray]:

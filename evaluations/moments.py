@@ -38,23 +38,26 @@ class Moments:
         features = check_table(features, name).astype(np.float64)
         if features.shape[1] != len(self.mean):
             raise ValueError(f"{name} has {features.shape[1]} columns, not {len(self.mean)}")
-        mean = features.mean(axis=0)
+        count, mean = len(features), features.mean(axis=0)
         features -= mean
-        self._join(len(features), mean, features.T @ features)
+        # The scatter between the means is that of one more row: so there is but one product.
+        between = (mean - self.mean) * (self.count * count / (self.count + count)) ** 0.5
+        rows = np.concatenate([features, between[None]])
+        self._join(count, mean, rows.T @ rows)
 
     def merge(self, other: Moments) -> None:
         """Add the rows that another one has seen, which stays as it is."""
         assert other.mean.shape == self.mean.shape, (other.mean.shape, self.mean.shape)
         if other.count:
+            shift = other.mean - self.mean
+            weight = self.count * other.count / (self.count + other.count)
+            self.scatter += np.outer(shift * weight, shift)
             self._join(other.count, other.mean, other.scatter)
 
     def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
-        total = self.count + count
-        shift = mean - self.mean
         self.scatter += scatter
-        self.scatter += np.outer(shift * (self.count * count / total), shift)
-        self.mean += shift * (count / total)
-        self.count = total
+        self.count += count
+        self.mean += (mean - self.mean) * (count / self.count)
 
     def covariance(self) -> np.ndarray:
         """Return the covariance [D, D], with N - 1 below.

@@ -2,13 +2,13 @@
 
 Each point owns a ball that reaches to its k-th nearest neighbour in its own set. Whether a point
 lies in a ball is what brute force in float64 says, sum((a - b)^2) <= radius^2, ties included. But
-nearly all pairs are decided by one matrix product, |a|^2 + |b|^2 - 2 a b, together with a bound on
-its rounding; differences are taken only for the few whose bounds enclose the radius.
+nearly all pairs are decided by one matrix product in float32, |a|^2 + |b|^2 - 2 a b, together with
+a bound on its rounding; differences are taken only for the few whose bounds enclose the radius.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 
 import numpy as np
@@ -19,9 +19,8 @@ from torch import Tensor
 from .checks import check_same_width, check_table
 
 BLOCK_SIZE = 1024
-EPSILON = np.finfo(np.float64).eps
-TINY = np.finfo(np.float64).tiny
 IN_DIFFERENCES = 2**22  # numbers in an array of differences
+MANY = 1 / 128  # of the pairs of two blocks: so many differences cost as much as a better product
 
 
 def precision_recall(
@@ -53,9 +52,9 @@ def precision_recall(
     covered_ours, covered_real = np.zeros(len(ours), bool), np.zeros(len(real), bool)
     for a in real.blocks():
         for b in ours.blocks():
-            bounds = _bounds(a, b)
-            covered_ours[b.where] |= _inside(a, b, bounds, balls_real[a.where, None]).any(axis=0)
-            covered_real[a.where] |= _inside(a, b, bounds, balls_ours[None, b.where]).any(axis=1)
+            pairs = _Pairs(a, b)
+            covered_ours[b.where] |= pairs.inside(balls_real[a.where, None]).any(axis=0)
+            covered_real[a.where] |= pairs.inside(balls_ours[None, b.where]).any(axis=1)
     return ours.share(covered_ours), real.share(covered_real)
 
 
@@ -77,7 +76,7 @@ def density_coverage(
     num_inside, covered = 0, np.zeros(len(real), bool)
     for a in real.blocks():
         for b in ours.blocks():
-            inside = _inside(a, b, _bounds(a, b), balls[a.where, None])  # [n, m]
+            inside = _Pairs(a, b).inside(balls[a.where, None])  # [n, m]
             num_inside += int(real.counts[a.where] @ inside @ ours.counts[b.where])
             covered[a.where] |= inside.any(axis=1)
     return num_inside / (k * ours.counts.sum()), real.share(covered)
@@ -116,12 +115,14 @@ class _Block:
         rows: as they are, float64 [n, D].
         centred: the same less a centre common to all, on the device: it takes a common offset,
             which would cost digits, out of the products.
-        squares: the squared lengths of these [n].
+        short: these in the dtype of the first product, float32 or float64.
+        squares: the squared lengths of these [n], in float64.
     """
 
     where: slice
     rows: np.ndarray
     centred: Tensor
+    short: Tensor
     squares: Tensor
 
 
@@ -137,6 +138,7 @@ class _Points:
     ):
         self._table, self._centre = table, centre
         self._block_size, self._device = block_size, device
+        self._dtype = torch.float32 if _is_full_precision(device) else torch.float64
         digests = np.array(
             [blake2b(row.tobytes(), digest_size=16).digest() for row in table], "S16"
         )
@@ -158,42 +160,97 @@ class _Points:
             rows = self._table[self._first[where]].astype(np.float64)
             # A difference of two numbers is exact to its own last digit, wherever the centre is.
             centred = torch.from_numpy(rows - self._centre).to(self._device)
-            yield _Block(where, rows, centred, centred.square().sum(dim=1))
+            squares = centred.square().sum(dim=1)
+            yield _Block(where, rows, centred, centred.to(self._dtype), squares)
+
+
+def _is_full_precision(device: torch.device | str) -> bool:
+    """Tell whether a float32 product is one, or of rounded factors (TF32, bfloat16), as allowed."""
+    rounded_away = 1 + 2**-12
+    x = torch.full((512, 512), rounded_away, device=device)
+    return bool(((x @ x) / 512 - rounded_away**2).abs().max() < 2**-20)
 
 
 # --------------------------------------------------------------------------------------------
 # Distances
 
 
-class _Bounds:
-    """Between what the squared distances of two blocks lie, as brute force rounds them.
+class _Pairs:
+    """All pairs of two blocks of n and m points, and between what their squared distances lie.
+
+    These are the squared distances as brute force in float64 rounds them.
 
     Attributes:
+        a: a block of n points.
+        b: a block of m.
         lower: [n, m].
         upper: [n, m].
     """
 
-    def __init__(self, lower: Tensor, upper: Tensor):
-        self.lower, self.upper = lower, upper
+    def __init__(self, a: _Block, b: _Block):
+        self.a, self.b = a, b
+        self._set_bounds(a.short, b.short)
 
-    @cached_property
-    def transposed(self) -> "_Bounds":
-        """The bounds for the blocks in the other order."""
-        return _Bounds(self.lower.T, self.upper.T)
+    def _set_bounds(self, a: Tensor, b: Tensor) -> None:
+        """Compute the bounds from the product of two matrices [n, D] and [m, D] of one dtype.
 
+        With u half of the dtype's epsilon and s = |a|^2 + |b|^2, the product is within 2 D u s of
+        its value, and in float64 the squares, and the sum of squared differences, are as near to
+        theirs. A dozen single roundings remain, of centring, narrowing and adding up: 32 u s is
+        more than these. Numbers near 0 are flushed: that is a matter of the smallest one.
+        """
+        self._is_short, kind, dim = a.dtype != torch.float64, torch.finfo(a.dtype), a.shape[1]
+        sums = self.a.squares[:, None] + self.b.squares
+        slack = sums * (2 * (dim + 8) * kind.eps) + dim * kind.tiny * (1 + sums)
+        product = (a @ b.T).to(torch.float64)
+        near = sums - 2 * product
+        self.lower, self.upper = near - slack, near + slack
 
-def _bounds(a: _Block, b: _Block) -> _Bounds:
-    """Return bounds on the squared distances of blocks of n and m points.
+    def transposed(self) -> "_Pairs":
+        """Return the same with the blocks in the other order."""
+        other = copy(self)
+        other.a, other.b, other.lower, other.upper = self.b, self.a, self.lower.T, self.upper.T
+        return other
 
-    With u = EPSILON / 2 and s = |a|^2 + |b|^2, the squares and the product are within 2 D u s of
-    their values, and the sum of squared differences within 2 D u s of its own. A dozen single
-    roundings remain, of centring and of adding up: 32 u s is more than these.
-    """
-    dim = a.centred.shape[1]
-    sums = a.squares[:, None] + b.squares
-    slack = sums * (2 * (dim + 8) * EPSILON) + dim * TINY
-    near = torch.addmm(sums, a.centred, b.centred.T, alpha=-2)
-    return _Bounds(near - slack, near + slack)
+    def squared(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        """Return the squared distances [P] of points i [P] of a to points j [P] of b."""
+        return _squared(self.a, self.b, i, j)
+
+    def refined(self, num_open: int) -> bool:
+        """Compute better bounds, if there are any, and if so many pairs are open; tell if so."""
+        if not self._is_short or num_open <= MANY * self.lower.numel():
+            return False
+        self._set_bounds(self.a.centred, self.b.centred)
+        return True
+
+    def inside(self, squared_radii: np.ndarray) -> np.ndarray:
+        """Tell which pairs [n, m] are at most a radius apart, [n, 1] or [1, m]."""
+        limits = torch.from_numpy(squared_radii).to(self.lower.device)
+        inside = self.upper <= limits
+        # Where numbers overflow no comparison holds, and the pair is open.
+        i, j = torch.nonzero(~(inside | (self.lower > limits)), as_tuple=True)
+        if self.refined(len(i)):
+            return self.inside(squared_radii)
+        i, j, inside = i.cpu().numpy(), j.cpu().numpy(), inside.cpu().numpy()
+        limits = np.broadcast_to(squared_radii, inside.shape)
+        inside[i, j] = self.squared(i, j) <= limits[i, j]
+        return inside
+
+    def candidates(self, squared: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pairs (i [P], j [P]) that may be among the `num` nearest of a point of a.
+
+        Args:
+            squared: the squared distances [n] within which it has as many already.
+            num: how many.
+        """
+        limits = torch.from_numpy(squared).to(self.lower.device)
+        if len(self.b.rows) >= num:
+            best = self.upper.topk(num, dim=1, largest=False).values[:, -1]
+            limits = torch.minimum(limits, best)
+        i, j = torch.nonzero(~(self.lower > limits[:, None]), as_tuple=True)
+        if self.refined(len(i) - num * len(squared)):
+            return self.candidates(squared, num)
+        return i.cpu().numpy(), j.cpu().numpy()
 
 
 def _squared(a: _Block, b: _Block, i: np.ndarray, j: np.ndarray) -> np.ndarray:
@@ -205,27 +262,15 @@ def _squared(a: _Block, b: _Block, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     return found
 
 
-def _inside(a: _Block, b: _Block, bounds: _Bounds, squared_radii: np.ndarray) -> np.ndarray:
-    """Tell which pairs [n, m] are at most a radius apart, [n, 1] or [1, m]."""
-    limits = torch.from_numpy(squared_radii).to(bounds.lower.device)
-    inside = bounds.upper <= limits
-    # Where numbers overflow no comparison holds, and the pair is open.
-    i, j = torch.nonzero(~(inside | (bounds.lower > limits)), as_tuple=True)
-    i, j, inside = i.cpu().numpy(), j.cpu().numpy(), inside.cpu().numpy()
-    limits = np.broadcast_to(squared_radii, inside.shape)
-    inside[i, j] = _squared(a, b, i, j) <= limits[i, j]
-    return inside
-
-
 def _radii(points: _Points, k: int) -> np.ndarray:
     """Return the squared distance of each distinct point [n] to its k-th neighbour."""
     nearest = _Nearest(points, k + 1)  # the point itself is among them, at distance 0
     for number, a in enumerate(points.blocks()):
         for b in points.blocks(number):
-            bounds = _bounds(a, b)
-            nearest.see(a, b, bounds)
+            pairs = _Pairs(a, b)
+            nearest.see(pairs)
             if b.where != a.where:
-                nearest.see(b, a, bounds.transposed)
+                nearest.see(pairs.transposed())
     return nearest.reach()
 
 
@@ -242,15 +287,11 @@ class _Nearest:
         self.squared = np.full((len(points), num), np.inf)
         self.counts = np.zeros((len(points), num), np.int64)
 
-    def see(self, a: _Block, b: _Block, bounds: _Bounds) -> None:
-        """Let the points of block a see those of block b."""
-        limits = torch.from_numpy(self.squared[a.where, -1]).to(bounds.lower.device)
-        if len(b.rows) >= self._num:
-            best = bounds.upper.topk(self._num, dim=1, largest=False).values[:, -1]
-            limits = torch.minimum(limits, best)
-        i, j = torch.nonzero(~(bounds.lower > limits[:, None]), as_tuple=True)
-        i, j = i.cpu().numpy(), j.cpu().numpy()
-        squared = _squared(a, b, i, j)
+    def see(self, pairs: _Pairs) -> None:
+        """Let the points of one block see those of another."""
+        a, b = pairs.a, pairs.b
+        i, j = pairs.candidates(self.squared[a.where, -1], self._num)
+        squared = pairs.squared(i, j)
         # What was known and what is new, by point and then by distance: the first `num` of each.
         known = np.repeat(np.arange(len(a.rows)), self._num)
         owner = np.concatenate([known, i])
