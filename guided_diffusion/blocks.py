@@ -143,9 +143,20 @@ class TimestepBlock(nn.Module):
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
     """A sequence that hands the timestep embedding to those of its modules that take it."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Apply the modules in turn to x [N, C, ...] given emb [N, E]."""
-        for layer in self:
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Apply the modules in turn to x [N, C, ...] given emb [N, E].
+
+        Args:
+            x: activations.
+            emb: embedding of the timestep.
+            skip: further channels [N, C', ...] for the first module.
+        """
+        layers = list(self)
+        if skip is not None and isinstance(layers[0], ResBlock):
+            x = layers.pop(0)(x, emb, skip)
+        elif skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        for layer in layers:
             x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
         return x
 
@@ -269,11 +280,16 @@ class ResBlock(TimestepBlock):
                 dims, channels, self.out_channels, width, padding=width // 2
             )
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Apply the block: x [N, channels, ...], emb [N, E] -> [N, out_channels, ...]."""
-        return checkpoint(self._forward, (x, emb), (), self.use_checkpoint)
+    def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Apply the block: x [N, channels, ...], emb [N, E] -> [N, out_channels, ...].
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        With `skip` the last of the channels come from there. It is joined to x within what a
+        checkpointed block recomputes, so that the joint tensor is not kept.
+        """
+        return checkpoint(self._forward, (x, emb, skip), (), self.use_checkpoint)
+
+    def _forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         norm, activation, conv = self.in_layers
         h = self.h_upd(activation(norm(x)))
         x = self.x_upd(x)

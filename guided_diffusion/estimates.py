@@ -34,7 +34,7 @@ from .script_util import CREATE
 
 META = torch.device("meta")
 WEAKER = "weaker network"
-WORK = "within a step, at most"  # activations and gradients on their way, or the optimizer's work
+WORK = "within a step, at most"  # activations until their gradients come, or the work of a step
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,11 @@ def _estimate_training(args: argparse.Namespace, kind: str) -> Estimate:
     is_classifier = kind == "classifier"
     use_fp16 = args.classifier_use_fp16 if is_classifier else args.use_fp16
     trainer = _Trainer(model=model, use_fp16=use_fp16)
-    opt = AdamW(trainer.master_params, foreach=_device(args).startswith("cuda"))
+    opt = AdamW(trainer.master_params, foreach=False)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     trainer.optimize(opt)  # makes the moments
+    opt.step = lambda: None  # a fused one needs no memory on the way
 
     def loss(num: int, within: int) -> Tensor:
         """Return the loss of the first `num` images of a batch of `within`."""
@@ -258,14 +259,18 @@ def _estimate_training(args: argparse.Namespace, kind: str) -> Estimate:
         return process.training_losses(*given)["loss"].mean()
 
     def step() -> None:
-        micro = args.microbatch if args.microbatch > 0 else args.batch_size
-        trainer.backward(loss(min(micro, args.batch_size), args.batch_size))
+        micro = args.microbatch if 0 < args.microbatch < args.batch_size else args.batch_size
+        if not args.shard_params:  # else there are only parts of them
+            trainer.zero_grad()
+        for _ in range(2 if micro < args.batch_size else 1):  # to the second, all gradients exist
+            trainer.backward(loss(micro, args.batch_size))
         trainer.optimize(opt)
 
     forward = count_flops(lambda: loss(1, 1), model)
     both = count_flops(lambda: loss(1, 1).backward(), model)
     kept = _kept_in_training(args, trainer, opt)
-    memory = kept | {WORK: peak_memory(step, model)}
+    made = 0 if args.shard_params else kept["gradients"]  # within the step
+    memory = kept | {WORK: peak_memory(step, model) - made}
     flops = {"forward": forward, "backward": both - forward}
     return Estimate({kind: count}, flops, dict.fromkeys(flops, 1), memory)
 
@@ -278,7 +283,7 @@ def _kept_in_training(
     Where ranks share the weights, the one block that is whole while it runs is not counted.
     """
     masters = _nbytes(trainer.master_params)
-    gradients = _nbytes(param.grad for param in trainer.model_params)
+    gradients = _nbytes(trainer.model_params)
     ranks = dist_util.get_world_size()
     rates = [rate for rate in args.ema_rate.split(",") if rate]
     kept = {

@@ -180,8 +180,13 @@ class MixedPrecisionTrainer:
             model.convert_to_fp16()
 
     def zero_grad(self) -> None:
-        """Set the network's gradients to zero."""
-        zero_grad(self.model_params)
+        """Forget the network's gradients.
+
+        A backward pass makes them anew, one by one as it frees activations, so that at no time
+        there are all activations and all gradients.
+        """
+        for param in self.model_params:
+            param.grad = None
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of the scalar `loss`, scaled under fp16, to the parameters' own."""

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from . import dist_util
 
+# How an optimizer computes is no matter of files: another machine may go on from them.
+IMPLEMENTATION = ("foreach", "fused")
+
 # torch's modules for sharding take a second to import, so functions here import what they need.
 
 
@@ -102,8 +105,9 @@ def optimizer_state(opt: torch.optim.Optimizer) -> dict[str, Any]:
     All ranks call this.
     """
     state = opt.state_dict()
+    groups = [group | dict.fromkeys(IMPLEMENTATION) for group in state["param_groups"]]
     wholes = {index: gather(values) for index, values in state["state"].items()}
-    return {**state, "state": wholes} if dist_util.is_main() else {}
+    return {**state, "state": wholes, "param_groups": groups} if dist_util.is_main() else {}
 
 
 def load_optimizer_state(opt: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -117,7 +121,9 @@ def load_optimizer_state(opt: torch.optim.Optimizer, state: dict[str, Any]) -> N
         index: {name: _fit(value, params.get(index)) for name, value in values.items()}
         for index, values in state["state"].items()
     }
-    opt.load_state_dict({**state, "state": parts})
+    own = {name: opt.defaults[name] for name in IMPLEMENTATION if name in opt.defaults}
+    groups = [{**group, **own} for group in state["param_groups"]]
+    opt.load_state_dict({**state, "state": parts, "param_groups": groups})
 
 
 def _fit(value: Any, param: Tensor | None) -> Any:

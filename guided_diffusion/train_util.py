@@ -23,6 +23,7 @@ from .nn import update_ema
 from .parallel import Parallel, shard_or_move
 from .reporting import Pace, log_losses, progress_bar
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler, sample_timesteps
+from .sharding import is_sharded
 from .signals import StopSignals
 from .train_files import find_ema_checkpoint
 from .train_state import TrainState
@@ -152,7 +153,7 @@ class TrainLoop:
             initial_lg_loss_scale=initial_lg_loss_scale,
             grad_clip=grad_clip,
         )
-        self.opt = AdamW(self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay)
+        self.opt = make_optimizer(self.mp_trainer.master_params, lr, weight_decay)
         self.ranks = Parallel(model)
         self.ddp_model, self.use_ddp = self.ranks.model, self.ranks.use_ddp
         self.validator = Validator(
@@ -410,6 +411,13 @@ class TrainLoop:
         if self.validator.whole is not None:
             self.validator.log_whole_set(self.model, self.state)
             self._set.complete(self.state.to_dict())
+
+
+def make_optimizer(params: list[nn.Parameter], lr: float, weight_decay: float) -> AdamW:
+    """Return AdamW (Loshchilov and Hutter, 2019), where torch can in one pass over the memory."""
+    param = params[0]
+    fused = param.device.type in ("cpu", "cuda") and not is_sharded(param)
+    return AdamW(params, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def _diffusion_losses(

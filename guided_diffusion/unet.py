@@ -242,7 +242,7 @@ class UNetModel(_UNetTrunk):
             emb = emb + self.label_emb(y)
         *skips, h = self._encode(x, emb)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            h = block(h, emb, skips.pop())
         return self.out(h.to(self._outer_dtype())).to(x.dtype)
 
 

@@ -26,6 +26,7 @@ from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.losses import classifier_losses
 from guided_diffusion.metering import Meter, count_flops, peak_memory
 from guided_diffusion.script_util import CREATE
+from guided_diffusion.train_util import make_optimizer
 
 FASHION = ROOT / "models" / "fashion"
 TRAINED = {
@@ -205,13 +206,14 @@ def test_the_optimizer_needs_what_a_real_one_does(use_fp16):
     flags = config.defaults(*DIFFUSION) | SMALL | {"use_fp16": use_fp16}
     model, process = CREATE["diffusion model"](**flags)
     trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, initial_lg_loss_scale=0.0)
-    opt = torch.optim.AdamW(trainer.master_params)
+    opt = make_optimizer(trainer.master_params, lr=1e-4, weight_decay=0.0)
     x, t, cond = real_inputs("diffusion model", Namespace(**flags), 1, "cpu")
     for _ in range(2):
+        trainer.zero_grad()
         with Meter() as memory:
             trainer.backward(process.training_losses(model, x, t, cond)["loss"].mean())
             assert trainer.optimize(opt)
-    assert memory.peak == pytest.approx(needs.memory[WORK], rel=0.02)
+    assert memory.peak == pytest.approx(needs.memory[WORK] + needs.memory["gradients"], rel=0.02)
     moments = sum(value.nbytes for state in opt.state.values() for value in state.values())
     assert needs.memory["moments of AdamW"] == moments
     assert needs.memory["gradients"] == sum(param.grad.nbytes for param in model.parameters())
@@ -317,11 +319,14 @@ def test_checkpointing_saves_memory_and_costs_operations():
 
 
 def test_micro_batches_save_memory():
-    """The activations are those of a micro-batch; only the images are those of the batch."""
-    whole, part = training(batch_size=16), training(batch_size=16, microbatch=4)
+    """Activations are those of a micro-batch, though of all but the first while gradients wait."""
+    whole, part = training(batch_size=256), training(batch_size=256, microbatch=4)
     assert part.flops == whole.flops
+    assert activations(part) < 0.2 * activations(whole)
     small = training(batch_size=4)
-    assert activations(small) < activations(part) < 1.1 * activations(small)
+    most = activations(small) + small.memory["gradients"]
+    images = 3 * 8 * 256 * (1 + SMALL["image_size"] ** 2 * 3)  # with their noise, and timesteps
+    assert activations(small) < activations(part) < most + images
     assert training(batch_size=4, microbatch=16) == small
 
 
@@ -350,7 +355,10 @@ def test_ranks_exchange_or_share(monkeypatch):
     set_rank(monkeypatch, 0, 4)
     replica, shard = training(), training(shard_params=True)
     assert total(replica) - total(alone) == alone.memory["gradients"]
-    assert activations(replica) == activations(shard) == activations(alone)
+    assert activations(replica) == activations(alone)
+    # At most the gradients do not wait for activations to go, which is not known of parts of them.
+    more = activations(shard) - activations(alone)
+    assert 0 < more <= alone.memory["gradients"]
     kept = total(alone) - activations(alone)
     assert total(shard) - activations(shard) == pytest.approx(kept / 4, abs=8)
 

@@ -11,6 +11,7 @@ import torch
 from reference.fill import draw, fill_
 from torch.optim import AdamW
 
+from guided_diffusion import sharding
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.losses import classifier_losses
 from guided_diffusion.nn import update_ema
@@ -18,6 +19,7 @@ from guided_diffusion.script_util import create_model_and_diffusion, model_and_d
 from guided_diffusion.train_util import (
     TrainLoop,
     find_ema_checkpoint,
+    make_optimizer,
     parse_resume_step_from_filename,
 )
 
@@ -45,7 +47,7 @@ def published_run(use_fp16):
     trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=1e-3)
     if use_fp16:
         model.convert_to_fp16()
-    opt = AdamW(trainer.master_params, lr=1e-3, weight_decay=0.05)
+    opt = make_optimizer(trainer.master_params, lr=1e-3, weight_decay=0.05)
     ema = deepcopy(trainer.master_params)
     log = []
     for step in range(6):
@@ -64,6 +66,37 @@ def published_run(use_fp16):
             update_ema(ema, trainer.master_params, rate=0.9)
     states = [trainer.master_params_to_state_dict(p) for p in (trainer.master_params, ema)]
     return np.array(log), states, len(trainer.master_params)
+
+
+def test_the_fused_optimizer_is_adamw():
+    """Step by step, and its file goes on in a plain one, and that of a plain one in a fused one."""
+    params, others = ([torch.linspace(-1, 1, 7).requires_grad_()] for _ in range(2))
+    fused = make_optimizer(params, lr=0.1, weight_decay=0.05)
+    plain = AdamW(others, lr=0.1, weight_decay=0.05)
+    assert fused.param_groups[0]["fused"] and not plain.param_groups[0]["fused"]
+    for step in range(6):
+        for opt in (fused, plain):
+            (param,) = opt.param_groups[0]["params"]
+            param.grad = torch.sin(param.detach() * 3 + step)
+            opt.step()
+        torch.testing.assert_close(*params, *others, rtol=1e-5, atol=1e-6)
+        if step == 2:  # each goes on from the other's file
+            files = [sharding.optimizer_state(opt) for opt in (plain, fused)]
+            assert not any(file["param_groups"][0]["fused"] for file in files)
+            for opt, file in zip((fused, plain), files, strict=True):
+                sharding.load_optimizer_state(opt, file)
+            assert fused.param_groups[0]["fused"] and not plain.param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+def test_gradients_exist_only_within_a_step(use_fp16):
+    """After `zero_grad` there are none, so that activations do not come on top of them."""
+    model, _ = build(**RUN, use_fp16=use_fp16)
+    trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16)
+    trainer.backward(sum(param.sum().float() for param in model.parameters()))
+    assert all(param.grad is not None for param in model.parameters())
+    trainer.zero_grad()
+    assert all(param.grad is None for param in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,38 @@ def test_checkpointing_keeps_no_activations_inside_blocks():
     assert calls[True] == 2 * calls[False] > 0
 
 
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_checkpointing_keeps_no_joint_tensor(use_checkpoint):
+    """Of a decoder block's two inputs, which are kept anyway, no concatenated copy is kept."""
+    model = small(use_checkpoint=use_checkpoint)
+    joint = {block[0].channels for block in model.output_blocks}
+    kept, own = set(), {param.data_ptr() for param in model.parameters()}
+
+    def keep(tensor):
+        if tensor.dim() == 4 and tensor.data_ptr() not in own:
+            kept.add(tensor.shape[1])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(*inputs())
+    wider = {width for width in joint if width > max(model._widths)}
+    assert wider and bool(wider & kept) != use_checkpoint
+
+
+def test_a_block_joins_what_it_is_given_beside_the_skip_connection():
+    """Also a first layer that is no residual block gets both, and no layer gets them twice."""
+    x, skip, emb = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4), torch.randn(2, 8)
+    layers = [nn.Conv2d(8, 32, 1), unet.ResBlock(32, 8, 0.0)]
+    block = unet.TimestepEmbedSequential(*layers)
+    whole = torch.cat([x, skip], dim=1)
+    assert torch.equal(block(x, emb, skip), layers[1](layers[0](whole), emb))
+    assert torch.equal(block(whole, emb), block(x, emb, skip))
+    res = unet.ResBlock(64, 8, 0.0, out_channels=32)
+    x, skip = torch.randn(2, 2, 32, 4, 4)
+    block = unet.TimestepEmbedSequential(res, nn.Identity())
+    assert torch.equal(block(x, emb, skip), res(torch.cat([x, skip], dim=1), emb))
+
+
 def test_fp16_converts_the_torso_alone():
     """Norms, embeddings and the output stay float32; 32 -> 16 -> 32 restores the layout."""
     model = small(num_classes=3, use_fp16=True)
