@@ -168,7 +168,7 @@ def _is_full_precision(device: torch.device | str) -> bool:
     """Tell whether a float32 product is one, or of rounded factors (TF32, bfloat16), as allowed."""
     rounded_away = 1 + 2**-12
     x = torch.full((512, 512), rounded_away, device=device)
-    return bool(((x @ x) / 512 - rounded_away**2).abs().max() < 2**-20)
+    return bool(((x @ x).double() / 512 - rounded_away**2).abs().max() < 2**-20)
 
 
 # --------------------------------------------------------------------------------------------

@@ -175,6 +175,21 @@ def test_rounded_covariances_have_a_distance(rng, kind):
     assert frechet_distance(*rounded) == pytest.approx(frechet_distance(*one, *other), rel=0.02)
 
 
+@pytest.mark.parametrize("decades", [0, 3, 6, 9, 14])
+def test_the_distance_is_as_exact_as_singular_values(rng, decades, monkeypatch):
+    """However far the eigenvalues are apart: where their roots are not exact, others are taken."""
+    calls, svd = [], np.linalg.svd
+    monkeypatch.setattr(np.linalg, "svd", lambda *a, **k: calls.append(1) or svd(*a, **k))
+    spectrum = np.logspace(0, -decades, 80)
+    bases = [np.linalg.qr(rng.normal(size=(80, 80)))[0] for _ in range(2)]
+    sigmas = [basis * spectrum @ basis.T for basis in bases]
+    roots = svd((bases[0] * np.sqrt(spectrum)).T @ (bases[1] * np.sqrt(spectrum)), compute_uv=False)
+    expected = 2 * spectrum.sum() - 2 * roots.sum()
+    mean = np.zeros(80)
+    assert frechet_distance(mean, sigmas[0], mean, sigmas[1]) == pytest.approx(expected, rel=1e-6)
+    assert bool(calls) == (decades > 6)
+
+
 # -- precision and recall --------------------------------------------------------------------------
 
 
@@ -220,6 +235,43 @@ def test_few_pairs_need_differences(rng, monkeypatch):
     taken.clear()
     assert precision_recall(np.tile(sample[:1], (5000, 1)), sample) == (1 / 300, 1)
     assert sum(taken) < 20 * 301
+
+
+@pytest.mark.parametrize("kind", [*SETS, "clusters"])
+def test_neighbours_do_not_depend_on_how_precise_products_are(rng, kind, monkeypatch):
+    """Whether a GPU rounds the factors, or float32 leaves too many pairs open: float64 decides."""
+    sets = SETS | {
+        "clusters": lambda rng, n: rng.normal(size=(n, 9)) + 1e6 * (np.arange(n) % 2)[:, None]
+    }
+    reference, sample = sets[kind](rng, 64), sets[kind](rng, 50)
+    with np.errstate(over="ignore"):
+        expected = brute_force(reference, sample)
+        for many in (0, 1e9):
+            monkeypatch.setattr(neighbours, "MANY", many)
+            assert precision_recall(reference, sample, block_size=40) == expected
+        monkeypatch.setattr(neighbours, "_is_full_precision", lambda device: False)
+        assert precision_recall(reference, sample, block_size=40) == expected
+
+
+def test_open_pairs_are_decided_by_a_better_product(rng, monkeypatch):
+    """Far from the common centre float32 decides nothing, and yet differences stay few."""
+    taken, squared = [], neighbours._squared
+    monkeypatch.setattr(
+        neighbours, "_squared", lambda a, b, i, j: taken.append(len(i)) or squared(a, b, i, j)
+    )
+    far = 1e4 * (np.arange(600) % 2)[:, None]
+    reference, sample = rng.normal(size=(600, 64)) + far, rng.normal(size=(600, 64)) + far
+    assert precision_recall(reference, sample, block_size=200) == brute_force(reference, sample)
+    assert sum(taken) < 20 * 1200
+
+
+def test_rounded_products_are_noticed():
+    """bfloat16 factors, as torch may be told to use, are no float32 product."""
+    kept = torch.get_float32_matmul_precision()
+    assert neighbours._is_full_precision("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not neighbours._is_full_precision("cpu")
+    assert torch.get_float32_matmul_precision() == kept
 
 
 def test_equal_points_and_balls_without_extent():
