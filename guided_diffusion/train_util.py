@@ -305,15 +305,18 @@ class TrainLoop:
 
     def _learn(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor]) -> None:
         """Log the losses [N] of a batch and teach the timestep sampler, if all are finite."""
-        finite = all(bool(values.isfinite().all()) for values in losses.values())
-        self._last_loss = losses["loss"].mean()
+        # One copy answers all questions: each that is asked of a GPU waits for what it is at.
+        *rows, share = torch.stack([*losses.values(), weights]).cpu()
+        seen = dict(zip(losses, rows, strict=True))
+        finite = all(bool(values.isfinite().all()) for values in rows)
+        self._last_loss = seen["loss"].mean()
         with dist_util.stage("comparing losses"):
             self._is_finite = not dist_util.any_rank(not finite)
             if not self._is_finite:
                 return
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 self.schedule_sampler.update_with_local_losses(t, losses["loss"])
-        weighted = {self.log_prefix + name: value * weights for name, value in losses.items()}
+        weighted = {self.log_prefix + name: value * share for name, value in seen.items()}
         log_loss_dict(self.diffusion, t, weighted)
 
     def _to_device(self, batch: Tensor, cond: Cond) -> tuple[Tensor, Cond]:
