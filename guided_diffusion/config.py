@@ -69,6 +69,7 @@ class RunConfig:
         check=between(-1, 2**62),
     )
     use_bf16: bool = flag(False, "compute in bfloat16 autocast; weights stay float32")
+    compile: bool = flag(False, "run blocks as kernels of torch.compile: slow to start")
     dist_timeout: float = flag(
         1800.0,
         "seconds after which a rank that waits for another gives up: more than a save takes",
@@ -338,6 +339,8 @@ def find_conflict(flags: dict[str, Any]) -> str | None:
             return f"--use_bf16 True and --{fp16} True exclude each other: give one of them"
         if get("shard_params") and get(fp16):
             return f"--shard_params True does not work with --{fp16} True: use --use_bf16 True"
+    if get("shard_params") and get("compile"):
+        return "--shard_params True does not work with --compile True: leave one of them out"
     if get("labels", "filename") != "filename" and get("class_cond") is False:
         return f"--labels {get('labels')} needs --class_cond True: give both, or leave it out"
     if get("label_dropout") and not get("class_cond"):

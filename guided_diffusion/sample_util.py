@@ -9,7 +9,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoints, config, dist_util, logger, script_util, trained_flags
 from .base_samples import Given
+from .compiling import as_written, compile_blocks
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import CondFn, classifier_guidance
 from .pictures import to_uint8
@@ -54,7 +55,7 @@ def load_model_and_diffusion(
         logger.log(note)
     flags = script_util.args_to_dict(args, config.defaults(*trained_flags.KINDS[kind]))
     model, diffusion = CREATE[kind](**flags)
-    return _ready(model, args.model_path, args.use_fp16), diffusion
+    return _ready(args, model, args.model_path, args.use_fp16), diffusion
 
 
 def load_guidance(args: argparse.Namespace) -> CondFn | None:
@@ -70,7 +71,7 @@ def load_guidance(args: argparse.Namespace) -> CondFn | None:
         return None
     flags = script_util.args_to_dict(args, script_util.classifier_defaults())
     classifier = script_util.create_classifier(**flags)
-    classifier = _ready(classifier, args.classifier_path, args.classifier_use_fp16)
+    classifier = _ready(args, classifier, args.classifier_path, args.classifier_use_fp16)
     return classifier_guidance(classifier, args.classifier_scale)
 
 
@@ -78,7 +79,7 @@ def _settle_precision(args: argparse.Namespace) -> list[str]:
     return trained_flags.settle_precision(args, dist_util.dev().type)
 
 
-def _ready(model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
+def _ready(args: argparse.Namespace, model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
     """Load the weights of `path`, and bring the network to its device, dtype and eval mode."""
     beside = checkpoints.flags_path(path)
     has_flags = checkpoints.exists(beside)
@@ -87,6 +88,8 @@ def _ready(model: nn.Module, path: str, use_fp16: bool) -> nn.Module:
     model.to(dist_util.dev())
     if use_fp16:
         model.convert_to_fp16()
+    if args.compile:
+        compile_blocks(model)
     return model.eval()
 
 
@@ -195,7 +198,7 @@ def choose_sampler(
     guide = None
     if has_guide(vars(args)):
         create, flags = CREATE[args.guide_kind], args.guide_flags | {"use_fp16": args.use_fp16}
-        guide = _ready(create(**flags)[0], args.guide_model_path, args.use_fp16)
+        guide = _ready(args, create(**flags)[0], args.guide_model_path, args.use_fp16)
     return make(args, model, diffusion, cond_fn=cond_fn, guide=guide, device=dist_util.dev())
 
 
@@ -226,6 +229,7 @@ def draw_samples(
     purposes = base.purposes if base else (NOISE, CHAIN)
     work = chain_noises(files.seed, mine, image_shape, purposes, prepare)
     num_steps, not_finite = sampler.num_steps, 0
+    most = max(map(len, mine), default=0)
     with (
         dist_util.stage("drawing samples"),
         dist_util.precision(args.use_bf16),
@@ -235,9 +239,10 @@ def draw_samples(
             film = Film(indices, args.save_every_t, num_steps)
             cond = {name: value.to(dist_util.dev()) for name, value in cond.items()}
             chain = sampler.chain((len(indices), *image_shape), partial(take, noise), cond)
-            for step, out in enumerate(chain, 1):
-                film.see(step, out)
-                bar.move(len(indices) / num_steps)
+            with as_written() if len(indices) < most else nullcontext():
+                for step, out in enumerate(chain, 1):
+                    film.see(step, out)
+                    bar.move(len(indices) / num_steps)
             not_finite += int((~out["sample"].isfinite()).flatten(1).any(dim=1).sum())
             files.write(indices, to_uint8(out["sample"]), film.frames())
     dist_util.wait_patiently("waiting for the samples of all ranks")

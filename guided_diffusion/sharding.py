@@ -36,12 +36,12 @@ def shard(model: nn.Module) -> None:
     # Of logits that are a view, as a classifier's: in place they must not change, and do not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(dist_util.dev().type, (dist_util.get_world_size(),))
-    for part in [*_blocks(model), model]:
+    for part in [*blocks_of(model), model]:
         # By default the last one would stay whole after a forward pass without a backward one.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """Return the parts of a network that run one after the other, as far as it has them."""
     for name in ("input_blocks", "middle_block", "output_blocks"):
         blocks = getattr(model, name, None)

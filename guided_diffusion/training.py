@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint_sets, checkpoints, dist_util, logger, streams, train_files, train_state
+from .compiling import as_written, compile_blocks
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import ImageStream, load_data
 from .pictures import class_names, save_grid, to_uint8
@@ -135,9 +136,13 @@ def train(
     train_files.check_classes(args.resume_checkpoint, data.classes)
     if args.shard_params and dist_util.get_world_size() == 1:
         logger.warn("--shard_params True: there is one process, which keeps everything")
+    if not args.shard_params:
+        model.to(dist_util.dev())
+    if args.compile:
+        compile_blocks(model)
     logger.log("training...")
     TrainLoop(
-        model=model if args.shard_params else model.to(dist_util.dev()),
+        model=model,
         diffusion=diffusion,
         data=data,
         schedule_sampler=create_named_schedule_sampler(args.schedule_sampler, diffusion),
@@ -246,7 +251,7 @@ def _draw_preview(
     """Draw the grid of one step. All ranks draw the same, rank 0 writes it."""
     device = dist_util.dev()
     noise = torch.from_numpy(streams.normal(args.seed, range(shape[0]), streams.SAMPLE, shape[1:]))
-    with dist_util.stage("drawing samples"):
+    with dist_util.stage("drawing samples"), as_written():
         images = process.ddim_sample_loop(
             model, shape, noise=noise.to(device),
             model_kwargs={name: value.to(device) for name, value in cond.items()},

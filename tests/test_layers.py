@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "guided_diffusion"
 
 # A file imports only files that stand before it, also within its functions.
 ORDER = """
-    nn losses schedules streams launchers signs heartbeat weight_files dist_util log_outputs logger
-    sharding fp16_util blocks unet image_decoding npz_rows data_sources class_labels image_order
-    image_batches image_datasets resample tables sampling gaussian_diffusion respace noise_levels
-    guidance solvers solver_sampling flag_checks checkpoints downloads checkpoint_sets signals
-    flag_parsing presets sampling_flags config infer_flags trained_flags script_util samplers
-    metering estimates pictures progress reporting train_state parallel train_files validation
-    train_util training sample_labels base_samples sample_files sample_util inpainting given_images
+    nn losses schedules streams launchers signs heartbeat weight_files dist_util log_outputs
+    logger sharding compiling fp16_util blocks unet image_decoding npz_rows data_sources
+    class_labels image_order image_batches image_datasets resample tables sampling
+    gaussian_diffusion respace noise_levels guidance solvers solver_sampling flag_checks
+    checkpoints downloads checkpoint_sets signals flag_parsing presets sampling_flags config
+    infer_flags trained_flags script_util samplers metering estimates pictures progress
+    reporting train_state parallel train_files validation train_util training sample_labels
+    base_samples sample_files sample_util inpainting given_images
 """.split()  # noqa: SIM905 - as a picture
 
 
