@@ -157,6 +157,7 @@ def main() -> int:
     """Measure each task in each way, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", default="10000,50000", help="numbers of samples")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="out of %(default)s")
     parser.add_argument("--one", nargs=3, metavar=("TASK", "WAY", "NUM"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -167,6 +168,7 @@ def main() -> int:
     runs = [
         (task, way, num)
         for task, ways in TASKS.items()
+        if task in args.tasks.split(",")
         for num in (counts[:1] if task == "from statistics" else counts)
         for way in ways
     ]

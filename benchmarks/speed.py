@@ -10,9 +10,9 @@ Prints Markdown tables of
   gradient     the classifier's gradient, as guidance takes it
   guided       a step of guided sampling (guided_ddim: of guided DDIM)
   memory       peaks of these, each in a process of its own, less what that had after its imports;
-               of a training step also with --use_checkpoint, and with all attention and nothing
-               else recomputed, as the published code always does (in somewhat more memory, since
-               its attention is not fused)
+               of a training step also with --use_checkpoint, and as the published code works, with
+               all attention and nothing else recomputed, by matrix products, and with gradients
+               that last from step to step
   data         images/s of load_data on made-up photographs (noise of their spectrum)
   startup      the training script beside the package, until the end of --help, and of its first
                step

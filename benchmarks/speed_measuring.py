@@ -158,7 +158,7 @@ class Benchmark:
         for mode, changed in processes.training_modes(setting).items():
             modes[mode] = {
                 package.label: self._peak(package, f"{name}, {mode}", "train", changed, tick)
-                for package in self.packages[: 1 if changed.recompute_attention else None]
+                for package in self.packages[: 1 if changed.as_published else None]
             }
 
     def _peak(

@@ -107,7 +107,8 @@ class Setting:
         device: "cpu" or "cuda".
         precision: one of PRECISIONS.
         extras: use what is faster and not in the published interface, where a package has it.
-        recompute_attention: recompute all attention, and nothing else, in backward passes.
+        as_published: train in the memory of the published code, which recomputes all attention and
+            nothing else, by matrix products, and sets gradients to zero.
     """
 
     flags: dict[str, Any]
@@ -115,7 +116,7 @@ class Setting:
     device: str = "cpu"
     precision: str = "float32"
     extras: bool = False
-    recompute_attention: bool = False
+    as_published: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -149,10 +150,11 @@ def create_model(package: Package, setting: Setting) -> tuple[nn.Module, Any]:
     """Return a diffusion model on its device, and its process."""
     create = package.script_util.create_model_and_diffusion
     model, process = create(**model_flags(package, setting))
-    if setting.recompute_attention:
+    if setting.as_published:
         for module in model.modules():
             if isinstance(module, package.unet.AttentionBlock):
                 module.use_checkpoint = True
+        model.set_attention_backend("math")
     return fill(model).to(setting.device), process
 
 
@@ -269,13 +271,16 @@ def train(package: Package, setting: Setting) -> Call:
         use_fp16=setting.precision == "float16",
         initial_lg_loss_scale=LOG_LOSS_SCALE,
     )
-    opt = torch.optim.AdamW(trainer.master_params, lr=1e-4)
+    opt = optimizer_of(package, setting, trainer.master_params)
     ema = [param.detach().clone() for param in trainer.master_params]
     x_start, noise, y = inputs(setting)
     spread = 251 * torch.arange(setting.batch, device=setting.device)
 
     def call(i: int) -> Tensor:
-        trainer.zero_grad()
+        if setting.as_published:
+            package.fp16_util.zero_grad(trainer.model_params)
+        else:
+            trainer.zero_grad()
         t = (spread + 37 * i) % process.num_timesteps
         with setting.autocast():
             losses = process.training_losses(
@@ -287,6 +292,13 @@ def train(package: Package, setting: Setting) -> Call:
         return losses["loss"].detach()
 
     return call
+
+
+def optimizer_of(package: Package, setting: Setting, params: list[nn.Parameter]) -> Any:
+    """Return AdamW, as the published loop makes it."""
+    if setting.extras and hasattr(package.train_util, "make_optimizer"):
+        return package.train_util.make_optimizer(params, lr=1e-4, weight_decay=0.0)
+    return torch.optim.AdamW(params, lr=1e-4)
 
 
 def cond_fn_of(package: Package, setting: Setting) -> Callable[..., Tensor]:

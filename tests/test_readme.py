@@ -14,6 +14,8 @@ DOCS = (
     "docs/sampling.md",
     "docs/editing.md",
     "docs/samplers.md",
+    "docs/evaluation.md",
+    "docs/performance.md",
     "evaluations/README.md",
 )
 FLAGS = {f.name for f in config.all_fields()}
@@ -30,9 +32,9 @@ def test_variables_are_defined_before_they_are_used(name):
     """Each $NAME in a command was given a value in a line above it."""
     known = set()
     for line in commands(name):
-        used = set(re.findall(r"\$(\w+)", line)) - set(re.findall(r"for (\w+) in", line))
-        assert used <= known, line
-        known |= set(re.findall(r"^(\w+)=", line))
+        loops = set(re.findall(r"for (\w+) in", line))
+        assert set(re.findall(r"\$(\w+)", line)) - loops <= known, line
+        known |= loops | set(re.findall(r"^(\w+)=", line))
 
 
 @pytest.mark.parametrize("name", DOCS)
