@@ -30,7 +30,7 @@ KINDS = {  # kind -> what the names of its operations contain
     "activation": ("silu",),
     "linear layers": ("addmm", "aten::mm", "aten::bmm"),
     "copies": ("copy_", "aten::cat"),
-    "optimizer": ("Optimizer", "adam", "linalg_vector_norm"),
+    "optimizer": ("Optimizer", "adamw", "foreach_norm", "linalg_vector_norm"),
 }
 REST = "the rest"
 TASK_NAMES = ("forward", "train", "gradient")
@@ -76,7 +76,7 @@ def show(args: argparse.Namespace) -> None:
     rows = []
     for name, task in tqdm([(name, task) for name in names for task in tasks]):
         flags = dict(CONFIGS[name])
-        setting = Setting(flags, flags.pop("batch_size"))
+        setting = Setting(flags, flags.pop("batch_size"), extras=True)
         shares, speed = measure(task, setting, args.calls)
         rows.append([name, task, *(f"{share:.1%}" for share in shares.values()), f"{speed:.2f}"])
     print(markdown(["config", "task", *KINDS, REST, "convolutions, of the product"], rows))

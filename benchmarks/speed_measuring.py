@@ -81,14 +81,14 @@ class Benchmark:
         """Yield each job after its number of steps on the bar."""
         num, rounds = len(self.packages), self.args.rounds
         timed = [task for task in self.tasks if task in TASKS]
-        if "data" in self.tasks:
-            yield rounds * num, self._time_loading
         for name in self.settings:
             for task in timed:
                 yield rounds * (num + 1), partial(self._time, name, task)
             if "memory" in self.tasks:
                 modes = (1 + num) * ("train" in timed)
                 yield len(timed) * num + modes, partial(self._weigh, name, timed)
+        if "data" in self.tasks:
+            yield rounds * num, self._time_loading
         if "startup" in self.tasks:
             yield self._few() * num, self._time_help
             for name in self.settings:

@@ -68,13 +68,21 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 
 
 def _nuclear_norm(product: np.ndarray, tolerance: float) -> float:
-    """Return the sum of the singular values of a matrix, to a tolerance or better.
+    """Return the sum of the singular values of a matrix, to about a tolerance or better.
 
     They are the roots of the eigenvalues of P^T P, which take a quarter of the time. But these have
     an error relative to the largest one, and roots of small ones a larger one than that.
     """
-    if not product.size:
+    largest = np.abs(product).max(initial=0.0)
+    if largest == 0:
         return 0.0
+    if product.shape[0] < product.shape[1]:
+        product = product.T  # or P^T P would have eigenvalues of 0
+    product, tolerance = product / largest, tolerance / largest
+    return float(largest) * _sum_of_roots(product, tolerance)
+
+
+def _sum_of_roots(product: np.ndarray, tolerance: float) -> float:
     squares = np.linalg.eigvalsh(product.T @ product).clip(min=0)
     error = squares[-1] * len(squares) ** 0.5 * np.finfo(np.float64).eps
     if np.minimum(error / np.sqrt(squares + TINY), np.sqrt(error)).sum() <= tolerance:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
 from .checks import check_table
@@ -43,9 +42,8 @@ class Moments:
         features -= mean
         # The scatter between the means is that of one more row: so there is but one product.
         between = (mean - self.mean) * (self.count * count / (self.count + count)) ** 0.5
-        rows = torch.from_numpy(np.concatenate([features, between[None]]))
-        torch.from_numpy(self.scatter).addmm_(rows.T, rows)  # in place: [D, D] is large
-        self._move(count, mean)
+        rows = np.concatenate([features, between[None]])
+        self._join(count, mean, rows.T @ rows)
 
     def merge(self, other: Moments) -> None:
         """Add the rows that another one has seen, which stays as it is."""
@@ -54,11 +52,10 @@ class Moments:
             shift = other.mean - self.mean
             weight = self.count * other.count / (self.count + other.count)
             self.scatter += np.outer(shift * weight, shift)
-            self.scatter += other.scatter
-            self._move(other.count, other.mean)
+            self._join(other.count, other.mean, other.scatter)
 
-    def _move(self, count: int, mean: np.ndarray) -> None:
-        """Let the mean be that of `count` further rows, too."""
+    def _join(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        self.scatter += scatter
         self.count += count
         self.mean += (mean - self.mean) * (count / self.count)
 

@@ -197,13 +197,14 @@ class _Pairs:
         With u half of the dtype's epsilon and s = |a|^2 + |b|^2, the product is within 2 D u s of
         its value, and in float64 the squares, and the sum of squared differences, are as near to
         theirs. A dozen single roundings remain, of centring, narrowing and adding up: 32 u s is
-        more than these. Numbers near 0 are flushed: that is a matter of the smallest one.
+        more than these. Numbers near 0 may be flushed, which is a matter of the smallest one, and
+        products that overflow leave no bounds: a pair without any is open.
         """
         self._is_short, kind, dim = a.dtype != torch.float64, torch.finfo(a.dtype), a.shape[1]
         sums = self.a.squares[:, None] + self.b.squares
-        slack = sums * (2 * (dim + 8) * kind.eps) + dim * kind.tiny * (1 + sums)
+        slack = sums * (2 * (dim + 8) * kind.eps) + 4 * dim * kind.tiny * (1 + sums)
         product = (a @ b.T).to(torch.float64)
-        near = sums - 2 * product
+        near = sums - 2 * product.where(product.isfinite(), torch.nan)
         self.lower, self.upper = near - slack, near + slack
 
     def transposed(self) -> "_Pairs":
@@ -227,7 +228,7 @@ class _Pairs:
         """Tell which pairs [n, m] are at most a radius apart, [n, 1] or [1, m]."""
         limits = torch.from_numpy(squared_radii).to(self.lower.device)
         inside = self.upper <= limits
-        # Where numbers overflow no comparison holds, and the pair is open.
+        # With NaN no comparison holds, and the pair is open.
         i, j = torch.nonzero(~(inside | (self.lower > limits)), as_tuple=True)
         if self.refined(len(i)):
             return self.inside(squared_radii)

@@ -286,7 +286,8 @@ class ResBlock(TimestepBlock):
         With `skip` the last of the channels come from there. It is joined to x within what a
         checkpointed block recomputes, so that the joint tensor is not kept.
         """
-        return checkpoint(self._forward, (x, emb, skip), (), self.use_checkpoint)
+        inputs = (x, emb) if skip is None else (x, emb, skip)
+        return checkpoint(self._forward, inputs, (), self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         x = x if skip is None else torch.cat([x, skip], dim=1)

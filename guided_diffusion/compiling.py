@@ -8,6 +8,7 @@ kernels on the disk for the next run.
 
 import os
 import shutil
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,7 +18,13 @@ from torch import nn
 from . import logger
 from .sharding import blocks_of
 
-MOST_SHAPES = 512  # of all blocks together; torch gives up at a few
+MOST_SHAPES = 4096  # of all blocks together; torch gives up at a few
+LIMITS = (  # of torch, by the newer and the older names
+    "recompile_limit", "accumulated_recompile_limit",
+    "cache_size_limit", "accumulated_cache_size_limit",
+)  # fmt: skip
+# The one that torch takes.
+COMPILER = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> None:
@@ -30,16 +37,17 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     Raises:
         ValueError: on the CPU, if there is no C++ compiler.
     """
-    device = next(network.parameters()).device
-    if device.type == "cpu" and not _compiler():
+    on_cpu = next(network.parameters()).device.type == "cpu"
+    if on_cpu and options.get("backend", "inductor") == "inductor" and not shutil.which(COMPILER):
         raise ValueError(
-            "--compile True needs a C++ compiler for networks on the CPU: install g++ or clang++, "
+            f"--compile True needs a C++ compiler for networks on the CPU: install {COMPILER}, "
             "or leave the flag out"
         )
     dynamo = torch._dynamo.config
-    for limit in ("recompile_limit", "cache_size_limit"):  # the newer and the older name
+    for limit in LIMITS:
         if hasattr(dynamo, limit):
             setattr(dynamo, limit, max(getattr(dynamo, limit), MOST_SHAPES))
+    dynamo.optimize_ddp = False  # which would split what is compiled; it is in blocks already
     parts = [*blocks_of(network), network.out]
     for part in parts:
         part.compile(dynamic=False, **options)
@@ -47,12 +55,6 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
         f"--compile True: {len(parts)} blocks are compiled in their first calls, which takes up to "
         "minutes, and less in the next run"
     )
-
-
-def _compiler() -> str | None:
-    """Return the path of the C++ compiler that torch would use."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return next(filter(None, map(shutil.which, names)), None)
 
 
 def as_written() -> AbstractContextManager:

@@ -88,7 +88,7 @@ def _ready(args: argparse.Namespace, model: nn.Module, path: str, use_fp16: bool
     model.to(dist_util.dev())
     if use_fp16:
         model.convert_to_fp16()
-    if args.compile:
+    if getattr(args, "compile", False):
         compile_blocks(model)
     return model.eval()
 
@@ -229,7 +229,7 @@ def draw_samples(
     purposes = base.purposes if base else (NOISE, CHAIN)
     work = chain_noises(files.seed, mine, image_shape, purposes, prepare)
     num_steps, not_finite = sampler.num_steps, 0
-    most = max(map(len, mine), default=0)
+    compiled, most = getattr(args, "compile", False), max(map(len, mine), default=0)
     with (
         dist_util.stage("drawing samples"),
         dist_util.precision(args.use_bf16),
@@ -239,7 +239,7 @@ def draw_samples(
             film = Film(indices, args.save_every_t, num_steps)
             cond = {name: value.to(dist_util.dev()) for name, value in cond.items()}
             chain = sampler.chain((len(indices), *image_shape), partial(take, noise), cond)
-            with as_written() if len(indices) < most else nullcontext():
+            with as_written() if compiled and len(indices) < most else nullcontext():
                 for step, out in enumerate(chain, 1):
                     film.see(step, out)
                     bar.move(len(indices) / num_steps)

@@ -305,7 +305,7 @@ class TrainLoop:
 
     def _learn(self, t: Tensor, weights: Tensor, losses: dict[str, Tensor]) -> None:
         """Log the losses [N] of a batch and teach the timestep sampler, if all are finite."""
-        # One copy answers all questions: each that is asked of a GPU waits for what it is at.
+        # One copy for all questions: each that is asked of a GPU waits for what it is at.
         *rows, share = torch.stack([*losses.values(), weights]).cpu()
         seen = dict(zip(losses, rows, strict=True))
         finite = all(bool(values.isfinite().all()) for values in rows)
@@ -419,8 +419,9 @@ class TrainLoop:
 def make_optimizer(params: list[nn.Parameter], lr: float, weight_decay: float) -> AdamW:
     """Return AdamW (Loshchilov and Hutter, 2019), where torch can in one pass over the memory."""
     param = params[0]
-    fused = param.device.type in ("cpu", "cuda") and not is_sharded(param)
-    return AdamW(params, lr=lr, weight_decay=weight_decay, fused=fused)
+    can_fuse = param.device.type in ("cpu", "cuda") and not is_sharded(param)
+    # None, unlike False, leaves the choice of another way to torch.
+    return AdamW(params, lr=lr, weight_decay=weight_decay, fused=can_fuse or None)
 
 
 def _diffusion_losses(

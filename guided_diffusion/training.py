@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -251,7 +251,8 @@ def _draw_preview(
     """Draw the grid of one step. All ranks draw the same, rank 0 writes it."""
     device = dist_util.dev()
     noise = torch.from_numpy(streams.normal(args.seed, range(shape[0]), streams.SAMPLE, shape[1:]))
-    with dist_util.stage("drawing samples"), as_written():
+    plain = as_written() if args.compile else nullcontext()
+    with dist_util.stage("drawing samples"), plain:
         images = process.ddim_sample_loop(
             model, shape, noise=noise.to(device),
             model_kwargs={name: value.to(device) for name, value in cond.items()},

@@ -242,7 +242,11 @@ class UNetModel(_UNetTrunk):
             emb = emb + self.label_emb(y)
         *skips, h = self._encode(x, emb)
         for block in self.output_blocks:
-            h = block(h, emb, skips.pop())
+            skip = skips.pop()
+            if self.use_checkpoint:  # a block that is recomputed joins them itself
+                h = block(h, emb, skip)
+            else:
+                h = block(torch.cat([h, skip], dim=1), emb)
         return self.out(h.to(self._outer_dtype())).to(x.dtype)
 
 

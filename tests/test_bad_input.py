@@ -219,6 +219,7 @@ CASES = [
     ("image_train", {"log_dir": "/proc/nowhere"}, "--log_dir /proc/nowhere"),
     ("image_sample", {"log_dir": "s3://bucket"}, "--log_dir s3://bucket local"),
     ("image_train", {"use_fp16": True, "use_bf16": True}, "--use_bf16 --use_fp16"),
+    ("image_train", {"shard_params": True, "compile": True}, "--shard_params --compile"),
     (
         "classifier_train",
         {"classifier_use_fp16": True, "use_bf16": True},

@@ -56,6 +56,7 @@ SETS = {  # draws a set of points from (rng, n): nothing to decide, much, or eve
     "repeated": lambda rng, n: rng.normal(size=(5, 3))[rng.integers(0, 5, size=n)],
     "one_hot": lambda rng, n: np.eye(n, 90),
     "tenths": lambda rng, n: rng.integers(0, 3, size=(n, 3)) / 10 + 0.7,
+    "large": lambda rng, n: rng.normal(size=(n, 3)) * 1e30,
     "far_away": lambda rng, n: rng.integers(-9, 10, size=(n, 3)) + 2.0**40,
     "many_scales": lambda rng, n: rng.normal(size=(n, 3)) * np.logspace(-9, 0, n)[:, None],
     "huge": lambda rng, n: rng.normal(size=(n, 3)) * 1e160,

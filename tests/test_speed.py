@@ -17,7 +17,7 @@ from guided_diffusion.blocks import QKVAttention
 
 PROGRAMS = (
     "fashion_classifier", "garment_scores", "sweeping",
-    "speed_tasks", "speed_processes", "speed_tables", "speed_measuring", "speed",
+    "speed_tasks", "speed_processes", "speed_tables", "speed_measuring", "speed", "operations",
 )  # fmt: skip
 TINY = (
     "--image_size 8 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --num_heads 1 "
@@ -267,3 +267,34 @@ def test_bad_flags_are_one_line(programs, capsys, flags, words):
     out, err = capsys.readouterr()
     assert code in (1, 2) and out == ""
     assert len(err.splitlines()) == 1 and words in err and err.startswith("speed.py: ")
+
+
+# -- operations ------------------------------------------------------------------------------------
+
+
+def test_operations_fall_into_kinds(programs):
+    """By what their names contain, whether they lead there or back."""
+    kind_of = programs.operations.kind_of
+    assert kind_of("aten::mkldnn_convolution") == "convolutions"
+    assert kind_of("aten::convolution_backward") == "convolutions"
+    assert kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert kind_of("aten::native_group_norm_backward") == "normalization"
+    assert kind_of("aten::_fused_adamw_") == "optimizer"
+    assert kind_of("aten::sin") == programs.operations.REST
+
+
+def test_a_row_for_each_task_tells_shares_of_its_time(programs, monkeypatch, capsys):
+    """They add up to all of it; only training has an optimizer."""
+    tiny = programs.speed.read_flags(TINY)
+    monkeypatch.setattr(programs.operations, "CONFIGS", {"tiny": tiny})
+    argv = ["--config", "tiny", "--calls", "1", "--tasks", "forward,train"]
+    assert programs.operations.main(argv) == 0
+    head, _, *rows = [line for line in capsys.readouterr().out.splitlines() if "|" in line]
+    names = [cell.strip() for cell in head.strip("|").split("|")]
+    for row, task in zip(rows, ("forward", "train"), strict=True):
+        cells = dict(zip(names, (cell.strip() for cell in row.strip("|").split("|")), strict=True))
+        assert cells["task"] == task
+        shares = [float(cell.rstrip("%")) for cell in cells.values() if cell.endswith("%")]
+        assert sum(shares) == pytest.approx(100, abs=0.5)
+        assert (cells["optimizer"] != "0.0%") == (task == "train")
+        assert float(cells["convolutions, of the product"]) > 0
