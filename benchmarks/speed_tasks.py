@@ -296,8 +296,8 @@ def train(package: Package, setting: Setting) -> Call:
 
 def optimizer_of(package: Package, setting: Setting, params: list[nn.Parameter]) -> Any:
     """Return AdamW, as the published loop makes it."""
-    if setting.extras and hasattr(package.train_util, "make_optimizer"):
-        return package.train_util.make_optimizer(params, lr=1e-4, weight_decay=0.0)
+    if setting.extras and package.has("sharding"):
+        return package.sharding.make_optimizer(params, lr=1e-4, weight_decay=0.0)
     return torch.optim.AdamW(params, lr=1e-4)
 
 

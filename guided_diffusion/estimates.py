@@ -259,6 +259,7 @@ def _estimate_training(args: argparse.Namespace, kind: str) -> Estimate:
         return process.training_losses(*given)["loss"].mean()
 
     def step() -> None:
+        """Take a training step, or as much of it as has the most memory in use."""
         micro = args.microbatch if 0 < args.microbatch < args.batch_size else args.batch_size
         if not args.shard_params:  # else there are only parts of them
             trainer.zero_grad()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from . import dist_util
 
@@ -97,6 +98,14 @@ def gather(tensors: dict[Any, Any]) -> dict[Any, Any]:
         if dist_util.is_main():
             wholes[name] = whole
     return wholes
+
+
+def make_optimizer(params: list[nn.Parameter], lr: float, weight_decay: float) -> AdamW:
+    """Return AdamW (Loshchilov and Hutter, 2019), where torch can in one pass over the memory."""
+    param = params[0]
+    can_fuse = param.device.type in ("cpu", "cuda") and not is_sharded(param)
+    # None, unlike False, leaves the choice of another way to torch.
+    return AdamW(params, lr=lr, weight_decay=weight_decay, fused=can_fuse or None)
 
 
 def optimizer_state(opt: torch.optim.Optimizer) -> dict[str, Any]:

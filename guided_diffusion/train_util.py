@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from . import checkpoint_sets, checkpoints, dist_util, logger, streams, train_files, train_state
 from .fp16_util import INITIAL_LOG_LOSS_SCALE, MixedPrecisionTrainer
@@ -23,7 +22,7 @@ from .nn import update_ema
 from .parallel import Parallel, shard_or_move
 from .reporting import Pace, log_losses, progress_bar
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler, sample_timesteps
-from .sharding import is_sharded
+from .sharding import make_optimizer
 from .signals import StopSignals
 from .train_files import find_ema_checkpoint
 from .train_state import TrainState
@@ -414,14 +413,6 @@ class TrainLoop:
         if self.validator.whole is not None:
             self.validator.log_whole_set(self.model, self.state)
             self._set.complete(self.state.to_dict())
-
-
-def make_optimizer(params: list[nn.Parameter], lr: float, weight_decay: float) -> AdamW:
-    """Return AdamW (Loshchilov and Hutter, 2019), where torch can in one pass over the memory."""
-    param = params[0]
-    can_fuse = param.device.type in ("cpu", "cuda") and not is_sharded(param)
-    # None, unlike False, leaves the choice of another way to torch.
-    return AdamW(params, lr=lr, weight_decay=weight_decay, fused=can_fuse or None)
 
 
 def _diffusion_losses(

@@ -26,7 +26,7 @@ from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.losses import classifier_losses
 from guided_diffusion.metering import Meter, count_flops, peak_memory
 from guided_diffusion.script_util import CREATE
-from guided_diffusion.train_util import make_optimizer
+from guided_diffusion.sharding import make_optimizer
 
 FASHION = ROOT / "models" / "fashion"
 TRAINED = {

@@ -1,22 +1,18 @@
 """The benchmark of growth: what it counts, keeps, goes on with and prints; no time is judged."""
 
 import csv
-import importlib
 import json
 import sys
 import time
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from launching import ROOT
+from benchmarking import speed_programs
 from PIL import Image
-
-from guided_diffusion import logger
 
 PROGRAMS = (
     "fashion_classifier", "garment_scores", "sweeping", "sweep_timing", "solver_sweep",
@@ -38,21 +34,13 @@ KEYS = {"ranks": ("scaling", "ranks", "batch_size"), "interval": ("share", "guid
 @pytest.fixture
 def programs(monkeypatch):
     """The parts of the program, as modules, which only pretend to start other processes."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in PROGRAMS:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in PROGRAMS})
-    monkeypatch.setattr(modules.speed_tasks, "SIDE", 64)  # no figure counts here
-    monkeypatch.setattr(modules.speed_measuring, "ENOUGH", 0.0)
-    modules.real = modules.speed_processes.peak, modules.scaling_parts.images_per_second
-    monkeypatch.setattr(modules.speed_processes, "peak", lambda *_: 12_345_678)
-    monkeypatch.setattr(
-        modules.scaling_parts, "images_per_second", lambda row, *_: 100.0 + row["batch_size"]
-    )
-    yield modules
-    for name in PROGRAMS:
-        sys.modules.pop(name, None)
-    logger.reset()
+    with speed_programs(monkeypatch, PROGRAMS) as modules:
+        modules.real = modules.speed_processes.peak, modules.scaling_parts.images_per_second
+        monkeypatch.setattr(modules.speed_processes, "peak", lambda *_: 12_345_678)
+        monkeypatch.setattr(
+            modules.scaling_parts, "images_per_second", lambda row, *_: 100.0 + row["batch_size"]
+        )
+        yield modules
 
 
 def run(programs, capsys, **flags):

@@ -1,18 +1,15 @@
 """The benchmark of speed: what it counts, compares and prints; no time is judged."""
 
-import importlib
 import json
 import shutil
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
+from benchmarking import speed_programs
 from launching import ROOT
 from torch import nn
 
-from guided_diffusion import logger
 from guided_diffusion.blocks import QKVAttention
 
 PROGRAMS = (
@@ -31,16 +28,8 @@ COPY = "copy/guided_diffusion"
 @pytest.fixture
 def programs(monkeypatch):
     """The parts of the program, as modules."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in PROGRAMS:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    modules = SimpleNamespace(**{name: importlib.import_module(name) for name in PROGRAMS})
-    monkeypatch.setattr(modules.speed_tasks, "SIDE", 64)  # no figure counts here
-    monkeypatch.setattr(modules.speed_measuring, "ENOUGH", 0.0)
-    yield modules
-    for name in PROGRAMS:
-        sys.modules.pop(name, None)
-    logger.reset()
+    with speed_programs(monkeypatch, PROGRAMS) as modules:
+        yield modules
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from guided_diffusion.script_util import create_model_and_diffusion, model_and_d
 from guided_diffusion.train_util import (
     TrainLoop,
     find_ema_checkpoint,
-    make_optimizer,
     parse_resume_step_from_filename,
 )
 
@@ -47,7 +46,7 @@ def published_run(use_fp16):
     trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=1e-3)
     if use_fp16:
         model.convert_to_fp16()
-    opt = make_optimizer(trainer.master_params, lr=1e-3, weight_decay=0.05)
+    opt = sharding.make_optimizer(trainer.master_params, lr=1e-3, weight_decay=0.05)
     ema = deepcopy(trainer.master_params)
     log = []
     for step in range(6):
@@ -71,7 +70,7 @@ def published_run(use_fp16):
 def test_the_fused_optimizer_is_adamw():
     """Step by step, and its file goes on in a plain one, and that of a plain one in a fused one."""
     params, others = ([torch.linspace(-1, 1, 7).requires_grad_()] for _ in range(2))
-    fused = make_optimizer(params, lr=0.1, weight_decay=0.05)
+    fused = sharding.make_optimizer(params, lr=0.1, weight_decay=0.05)
     plain = AdamW(others, lr=0.1, weight_decay=0.05)
     assert fused.param_groups[0]["fused"] and not plain.param_groups[0]["fused"]
     for step in range(6):
