@@ -5,6 +5,7 @@ FILE; a kind of run leaves there how much memory each rank needed to train a lar
 """
 
 import argparse
+import faulthandler
 import importlib
 import re
 import sys
@@ -231,6 +232,7 @@ def measure(kind):
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a rank once died of SIGSEGV, and nobody knows where
     parser = argparse.ArgumentParser()
     parser.add_argument("--case", choices=["laws", "whole", "sharded"])
     parser.add_argument("--out", type=Path)
